@@ -1,0 +1,1 @@
+"""Entry points for `ray job submit`; each also runs as `python jobs/NAME.py`."""

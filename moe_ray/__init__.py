@@ -1,0 +1,1 @@
+"""Train, evaluate and serve Mixture-of-Experts language models on a Ray cluster."""

@@ -1,0 +1,415 @@
+"""Every setting of the system: frozen pydantic models, loaded from YAML plus `section.field=value` overrides."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
+
+from moe_ray.errors import ConfigError
+
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Architecture of a decoder-only transformer in which some feed-forward layers are Mixture-of-Experts."""
+
+    vocab_size: PositiveInt = Field(4096, description="rows of the embedding; a trained tokenizer has as many ids")
+    dim: PositiveInt = Field(256, description="width of the residual stream (D)")
+    num_layers: PositiveInt = Field(4, description="transformer blocks")
+    num_heads: PositiveInt = Field(4, description="query heads (H)")
+    num_kv_heads: PositiveInt = Field(2, description="key/value heads, shared by groups of query heads")
+    num_experts: PositiveInt = Field(8, description="experts of each MoE layer (E)")
+    top_k: Annotated[int, Field(ge=1, le=8)] = Field(2, description="experts that each token is routed to (K)")
+    expert_dim: PositiveInt = Field(256, description="hidden width of one expert (F)")
+    route_norm: bool = Field(True, description="rescale the top-k routing weights to sum to 1")
+    num_dense_layers: NonNegativeInt = Field(0, description="first blocks that keep a dense feed-forward")
+    moe_every: PositiveInt = Field(1, description="after the dense layers, every n-th block is MoE")
+    dense_dim: PositiveInt = Field(512, description="hidden width of a dense feed-forward")
+    max_sequence_length: PositiveInt = Field(512, description="longest context in tokens (S)")
+    rope_theta: PositiveFloat = Field(10_000.0, description="base of the rotary position frequencies")
+    norm_eps: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
+    tie_embeddings: bool = Field(True, description="use the embedding matrix as the output head")
+    init_std: PositiveFloat = Field(0.02, description="standard deviation of the initial weights")
+    load_balancing_loss_weight: NonNegativeFloat = Field(0.01, description="weight of the load-balancing loss")
+    router_z_loss_weight: NonNegativeFloat = Field(0.001, description="weight of the router z-loss")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.top_k > self.num_experts:
+            raise ConfigError(
+                f"model.top_k={self.top_k} is more than model.num_experts={self.num_experts}.",
+                f"set model.top_k to at most {self.num_experts} or raise model.num_experts.",
+            )
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ConfigError(
+                f"model.dim={self.dim} over model.num_heads={self.num_heads} is not an even head width.",
+                "choose a model.dim that is a multiple of 2 * model.num_heads.",
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}.",
+                f"use one of {_divisors(self.num_heads)}.",
+            )
+        for field in ("dim", "expert_dim"):
+            if getattr(self, field) % 8:
+                raise ConfigError(
+                    f"model.{field}={getattr(self, field)} is not a multiple of 8, which grouped_mm needs.",
+                    f"use {-(-getattr(self, field) // 8) * 8}.",
+                )
+        if not self.moe_layers:
+            raise ConfigError(
+                f"model.num_dense_layers={self.num_dense_layers} with model.moe_every={self.moe_every} "
+                f"leaves no MoE layer among model.num_layers={self.num_layers}.",
+                "lower model.num_dense_layers or model.moe_every.",
+            )
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the blocks whose feed-forward is Mixture-of-Experts."""
+        return tuple(range(self.num_dense_layers + self.moe_every - 1, self.num_layers, self.moe_every))
+
+    def num_params(self) -> int:
+        """Parameters of the whole model; tied embeddings count once."""
+        return self._params(self.num_experts)
+
+    def num_active_params(self) -> int:
+        """Parameters that one token uses: all of `num_params` but the experts that it is not routed to."""
+        return self._params(self.top_k)
+
+    def _params(self, experts_per_layer: int) -> int:
+        kv_dim = self.num_kv_heads * self.head_dim
+        attention = 2 * self.dim * self.dim + 2 * self.dim * kv_dim
+        moe = self.dim * self.num_experts + experts_per_layer * 3 * self.dim * self.expert_dim
+        dense = 3 * self.dim * self.dense_dim
+        num_moe = len(self.moe_layers)
+        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
+        norms = (2 * self.num_layers + 1) * self.dim
+        return embeddings + norms + self.num_layers * attention + num_moe * moe + (self.num_layers - num_moe) * dense
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Matmul FLOPs of one training step per token, forward and backward (PaLM, appendix B, active parameters).
+
+        Forward is 2 FLOPs a matmul parameter plus 4 * S * D a layer for attention scores and values
+        (not halved for causality); backward is twice the forward.
+        """
+        norms = (2 * self.num_layers + 1) * self.dim
+        lookup = 0 if self.tie_embeddings else self.vocab_size * self.dim
+        matmul_params = self.num_active_params() - norms - lookup
+        return 3 * (2 * matmul_params + 4 * self.num_layers * sequence_length * self.dim)
+
+
+class DataConfig(Section):
+    """Where the text comes from and how it becomes token sequences."""
+
+    sources: tuple[str, ...] = Field(
+        ("corpus:king_james", "corpus:shakespeare", "corpus:code"),
+        description="files, globs (.txt .md .jsonl .parquet, others as text) or corpus:NAME; "
+        "`domain=path` sets the domain label",
+    )
+    text_field: str = Field("text", description="column of JSONL and Parquet rows that holds the text")
+    sequence_length: Annotated[int, Field(ge=2)] = Field(256, description="tokens of one training sequence")
+    validation_fraction: Fraction = Field(0.02, description="share of the documents held out for evaluation")
+    path: str | None = Field(None, description="folder of the token shards; default: under train.storage")
+    tokenizer: str | None = Field(None, description="a tokenizer.json to use instead of training one")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.sources:
+            raise ConfigError("data.sources=[] names no text.", "give at least one file, glob or corpus:NAME.")
+        return self
+
+
+class ParallelConfig(Section):
+    """How many workers train and how the experts are spread over them."""
+
+    workers: PositiveInt = Field(1, description="Ray Train workers (the world size)")
+    ep: PositiveInt = Field(1, description="expert parallelism: ranks that share one set of experts")
+    cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs granted to a worker, also its thread count")
+    use_gpu: bool = Field(False, description="one GPU a worker, NCCL instead of gloo")
+    timeout_seconds: PositiveInt = Field(300, description="a collective that takes longer counts as a failure")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.workers % self.ep:
+            raise ConfigError(
+                f"parallel.ep={self.ep} does not divide parallel.workers={self.workers}.",
+                f"use one of {_divisors(self.workers)}.",
+            )
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: PositiveFloat = Field(1e-3, description="peak learning rate")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="final over peak learning rate")
+    warmup_steps: NonNegativeInt = Field(100, description="steps of linear warm-up")
+    weight_decay: NonNegativeFloat = Field(0.1, description="decoupled weight decay of matrices")
+    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW beta1")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="AdamW beta2")
+    eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
+    clip_norm: PositiveFloat = Field(1.0, description="largest global gradient norm")
+
+
+class TrainConfig(Section):
+    """The training run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
+        "run", description="name of the run; its folder is STORAGE/NAME"
+    )
+    storage: str = Field("~/moe_ray", description="folder of all runs, reachable from every node")
+    steps: PositiveInt = Field(1000, description="optimizer steps")
+    global_batch: PositiveInt = Field(16, description="sequences of one optimizer step, over all workers")
+    micro_batch: PositiveInt = Field(8, description="most sequences of one forward pass of a worker")
+    dtype: Dtype = Field("float32", description="compute type; parameters and optimizer stay in float32")
+    seed: NonNegativeInt = Field(0, description="seed of initialisation and data order")
+    log_every: PositiveInt = Field(10, description="steps between logged metrics")
+    eval_every: PositiveInt = Field(200, description="steps between evaluations")
+    eval_batches: PositiveInt = Field(8, description="global batches of one evaluation")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if "://" in self.storage:
+            raise ConfigError(
+                f"train.storage={self.storage!r} is a URL; runs are stored in a folder.",
+                "give a path that every node can reach, such as /mnt/shared/moe_ray.",
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return Path(self.storage).expanduser() / self.name
+
+
+class CheckpointConfig(Section):
+    """When the training state is saved and how much of it is kept."""
+
+    every: PositiveInt = Field(200, description="steps between checkpoints; the last step is always saved")
+    keep_last: PositiveInt = Field(3, description="newest checkpoints that are kept")
+
+
+class TelemetryConfig(Section):
+    """What the jobs say."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
+
+
+class ServeConfig(Section):
+    """The endpoint and its engine."""
+
+    min_replicas: PositiveInt = Field(2, description="replicas when idle")
+    max_replicas: PositiveInt = Field(16, description="most replicas")
+    target_ongoing_requests: PositiveFloat = Field(4.0, description="requests a replica that autoscaling aims at")
+    cpus_per_replica: PositiveFloat = Field(0.5, description="CPUs reserved by a replica; its threads are at least 1")
+    gpus_per_replica: NonNegativeFloat = Field(0.0, description="GPUs reserved by a replica")
+    max_batch_size: PositiveInt = Field(16, description="requests that one replica decodes together")
+    max_queued_requests: NonNegativeInt = Field(64, description="requests that wait in a replica before it answers 503")
+    max_context: PositiveInt | None = Field(None, description="longest prompt plus completion; default: the model's")
+    max_body_bytes: PositiveInt = Field(4_000_000, description="largest request body")
+    dtype: Dtype = Field("float32", description="type of the weights and the KV cache")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ConfigError(
+                f"serve.min_replicas={self.min_replicas} is more than serve.max_replicas={self.max_replicas}.",
+                "raise serve.max_replicas or lower serve.min_replicas.",
+            )
+        return self
+
+
+class Config(Section):
+    """All sections. Immutable once built; every combination it holds is possible."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    serve: ServeConfig = ServeConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.model.num_experts % self.parallel.ep:
+            raise ConfigError(
+                f"parallel.ep={self.parallel.ep} does not divide model.num_experts={self.model.num_experts}.",
+                f"use one of {_divisors(self.model.num_experts)} that also divides parallel.workers.",
+            )
+        if self.data.sequence_length > self.model.max_sequence_length:
+            raise ConfigError(
+                f"data.sequence_length={self.data.sequence_length} is longer than "
+                f"model.max_sequence_length={self.model.max_sequence_length}.",
+                "lower data.sequence_length or raise model.max_sequence_length.",
+            )
+        limit = self.model.max_sequence_length
+        if self.serve.max_context is not None and self.serve.max_context > limit:
+            raise ConfigError(
+                f"serve.max_context={self.serve.max_context} is longer than model.max_sequence_length={limit}.",
+                f"use at most {limit}.",
+            )
+        if self.optim.warmup_steps >= self.train.steps and self.optim.warmup_steps > 0:
+            raise ConfigError(
+                f"optim.warmup_steps={self.optim.warmup_steps} is not less than train.steps={self.train.steps}.",
+                "lower optim.warmup_steps or raise train.steps.",
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file of sections and apply `section.field=value` overrides, whose values are YAML.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, or a setting is unknown, wrong or impossible.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {str(path)!r} does not exist.", "give the path of a YAML file.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"config file {str(path)!r} cannot be read: {_one_line(error)}.", "give a valid YAML file."
+        ) from None
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"config file {str(path)!r} is not a mapping.", "write sections such as `train: {steps: 10}`.")
+    return build_config(tree or {}, overrides)
+
+
+def build_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """Build a `Config` from nested dictionaries and overrides.
+
+    Raises:
+        ConfigError: a setting is unknown, wrong or impossible.
+    """
+    merged = {name: dict(fields) if isinstance(fields, dict) else fields for name, fields in tree.items()}
+    for override in overrides:
+        _apply_override(merged, override)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise _explain(error) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    section, dot, field = key.strip().partition(".")
+    if not separator or not dot or not field:
+        raise ConfigError(f"override {override!r} is not section.field=value.", "write for example train.steps=50.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r} holds no YAML value.", "quote the value.") from None
+    # YAML 1.1 reads 3e-4 as text because it has no dot; people mean the number.
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    fields = tree.setdefault(section, {})
+    if fields is None:
+        fields = tree[section] = {}
+    if not isinstance(fields, dict):
+        raise ConfigError(f"section {section!r} is not a mapping.", f"write {section}: {{{field}: {text}}}.")
+    fields[field] = value
+
+
+def _explain(error: ValidationError) -> ConfigError:
+    """One line a problem, each with the nearest valid key or what is allowed."""
+    problems, fixes = [], []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(f"unknown setting {key!r}.")
+            nearest = difflib.get_close_matches(key, list(setting_names()), n=1, cutoff=0.0)[0]
+            fixes.append(f"did you mean {nearest!r}? --help lists all.")
+        elif item["type"] == "model_type":
+            problems.append(f"{key}={item['input']!r} is not a section.")
+            fixes.append(f"write {key} as a mapping of fields.")
+        else:
+            problems.append(f"{key}={item['input']!r} is not allowed: {item['msg'][0].lower()}{item['msg'][1:]}.")
+            fixes.append(f"{key} is {_describe(key)}.")
+    return ConfigError(" ".join(problems), " ".join(fixes))
+
+
+def setting_names() -> Iterator[str]:
+    """Every valid `section.field`, after the section names themselves."""
+    yield from Config.model_fields
+    for section, info in Config.model_fields.items():
+        yield from (f"{section}.{field}" for field in _section_fields(info.annotation))
+
+
+def describe_settings() -> str:
+    """Every setting with its type, default and meaning, for `--help`."""
+    lines = []
+    for section, info in Config.model_fields.items():
+        fields = _section_fields(info.annotation)
+        lines.append(f"{section}: {(info.annotation.__doc__ or '').strip()}")  # ty: ignore[unresolved-attribute]
+        for field, field_info in fields.items():
+            default = yaml.safe_dump(_plain(field_info.default), default_flow_style=True, width=10_000).splitlines()[0]
+            lines.append(f"  {section}.{field}  ({_type_name(field_info.annotation)}, default {default})")
+            lines.append(f"      {field_info.description}")
+    return "\n".join(lines)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _section_fields(section: Any) -> dict[str, Any]:
+    return section.model_fields
+
+
+def _describe(key: str) -> str:
+    section, _, rest = key.partition(".")
+    field = rest.partition(".")[0]
+    info = Config.model_fields.get(section)
+    fields = _section_fields(info.annotation) if info else {}
+    if field not in fields:
+        return "a section"
+    return f"{_type_name(fields[field].annotation)}: {fields[field].description}"
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return "|".join(str(value) for value in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"list of {_type_name(get_args(annotation)[0])}"
+    if get_args(annotation):
+        return " or ".join(_type_name(part) for part in get_args(annotation))
+    return {type(None): "null"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else None if value is PydanticUndefined else value
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
