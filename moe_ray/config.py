@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticUndefined
 
 from moe_ray.errors import ConfigError
@@ -26,13 +34,17 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Architecture of a decoder-only transformer in which some feed-forward layers are Mixture-of-Experts."""
 
-    vocab_size: PositiveInt = Field(4096, description="rows of the embedding; a trained tokenizer has as many ids")
+    vocab_size: PositiveInt = Field(
+        4096, description="rows of the embedding; a trained tokenizer has as many ids"
+    )
     dim: PositiveInt = Field(256, description="width of the residual stream (D)")
     num_layers: PositiveInt = Field(4, description="transformer blocks")
     num_heads: PositiveInt = Field(4, description="query heads (H)")
     num_kv_heads: PositiveInt = Field(2, description="key/value heads, shared by groups of query heads")
     num_experts: PositiveInt = Field(8, description="experts of each MoE layer (E)")
-    top_k: Annotated[int, Field(ge=1, le=8)] = Field(2, description="experts that each token is routed to (K)")
+    top_k: Annotated[int, Field(ge=1, le=8)] = Field(
+        2, description="experts that each token is routed to (K)"
+    )
     expert_dim: PositiveInt = Field(256, description="hidden width of one expert (F)")
     route_norm: bool = Field(True, description="rescale the top-k routing weights to sum to 1")
     num_dense_layers: NonNegativeInt = Field(0, description="first blocks that keep a dense feed-forward")
@@ -43,7 +55,9 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
     tie_embeddings: bool = Field(True, description="use the embedding matrix as the output head")
     init_std: PositiveFloat = Field(0.02, description="standard deviation of the initial weights")
-    load_balancing_loss_weight: NonNegativeFloat = Field(0.01, description="weight of the load-balancing loss")
+    load_balancing_loss_weight: NonNegativeFloat = Field(
+        0.01, description="weight of the load-balancing loss"
+    )
     router_z_loss_weight: NonNegativeFloat = Field(0.001, description="weight of the router z-loss")
 
     @model_validator(mode="after")
@@ -103,7 +117,13 @@ class ModelConfig(Section):
         num_moe = len(self.moe_layers)
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         norms = (2 * self.num_layers + 1) * self.dim
-        return embeddings + norms + self.num_layers * attention + num_moe * moe + (self.num_layers - num_moe) * dense
+        return (
+            embeddings
+            + norms
+            + self.num_layers * attention
+            + num_moe * moe
+            + (self.num_layers - num_moe) * dense
+        )
 
     def flops_per_token(self, sequence_length: int) -> int:
         """Matmul FLOPs of one training step per token, forward and backward (PaLM, appendix B, active parameters).
@@ -134,7 +154,9 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.sources:
-            raise ConfigError("data.sources=[] names no text.", "give at least one file, glob or corpus:NAME.")
+            raise ConfigError(
+                "data.sources=[] names no text.", "give at least one file, glob or corpus:NAME."
+            )
         return self
 
 
@@ -145,7 +167,9 @@ class ParallelConfig(Section):
     ep: PositiveInt = Field(1, description="expert parallelism: ranks that share one set of experts")
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs granted to a worker, also its thread count")
     use_gpu: bool = Field(False, description="one GPU a worker, NCCL instead of gloo")
-    timeout_seconds: PositiveInt = Field(300, description="a collective that takes longer counts as a failure")
+    timeout_seconds: PositiveInt = Field(
+        300, description="a collective that takes longer counts as a failure"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -161,7 +185,9 @@ class OptimConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="final over peak learning rate")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="final over peak learning rate"
+    )
     warmup_steps: NonNegativeInt = Field(100, description="steps of linear warm-up")
     weight_decay: NonNegativeFloat = Field(0.1, description="decoupled weight decay of matrices")
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW beta1")
@@ -211,7 +237,9 @@ class CheckpointConfig(Section):
 class TelemetryConfig(Section):
     """What the jobs say."""
 
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least severe line logged"
+    )
 
 
 class ServeConfig(Section):
@@ -219,12 +247,20 @@ class ServeConfig(Section):
 
     min_replicas: PositiveInt = Field(2, description="replicas when idle")
     max_replicas: PositiveInt = Field(16, description="most replicas")
-    target_ongoing_requests: PositiveFloat = Field(4.0, description="requests a replica that autoscaling aims at")
-    cpus_per_replica: PositiveFloat = Field(0.5, description="CPUs reserved by a replica; its threads are at least 1")
+    target_ongoing_requests: PositiveFloat = Field(
+        4.0, description="requests a replica that autoscaling aims at"
+    )
+    cpus_per_replica: PositiveFloat = Field(
+        0.5, description="CPUs reserved by a replica; its threads are at least 1"
+    )
     gpus_per_replica: NonNegativeFloat = Field(0.0, description="GPUs reserved by a replica")
     max_batch_size: PositiveInt = Field(16, description="requests that one replica decodes together")
-    max_queued_requests: NonNegativeInt = Field(64, description="requests that wait in a replica before it answers 503")
-    max_context: PositiveInt | None = Field(None, description="longest prompt plus completion; default: the model's")
+    max_queued_requests: NonNegativeInt = Field(
+        64, description="requests that wait in a replica before it answers 503"
+    )
+    max_context: PositiveInt | None = Field(
+        None, description="longest prompt plus completion; default: the model's"
+    )
     max_body_bytes: PositiveInt = Field(4_000_000, description="largest request body")
     dtype: Dtype = Field("float32", description="type of the weights and the KV cache")
 
@@ -286,13 +322,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"config file {str(path)!r} does not exist.", "give the path of a YAML file.") from None
+        raise ConfigError(
+            f"config file {str(path)!r} does not exist.", "give the path of a YAML file."
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"config file {str(path)!r} cannot be read: {_one_line(error)}.", "give a valid YAML file."
         ) from None
     if tree is not None and not isinstance(tree, dict):
-        raise ConfigError(f"config file {str(path)!r} is not a mapping.", "write sections such as `train: {steps: 10}`.")
+        raise ConfigError(
+            f"config file {str(path)!r} is not a mapping.", "write sections such as `train: {steps: 10}`."
+        )
     return build_config(tree or {}, overrides)
 
 
@@ -315,7 +355,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     section, dot, field = key.strip().partition(".")
     if not separator or not dot or not field:
-        raise ConfigError(f"override {override!r} is not section.field=value.", "write for example train.steps=50.")
+        raise ConfigError(
+            f"override {override!r} is not section.field=value.", "write for example train.steps=50."
+        )
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -347,7 +389,9 @@ def _explain(error: ValidationError) -> ConfigError:
             problems.append(f"{key}={item['input']!r} is not a section.")
             fixes.append(f"write {key} as a mapping of fields.")
         else:
-            problems.append(f"{key}={item['input']!r} is not allowed: {item['msg'][0].lower()}{item['msg'][1:]}.")
+            problems.append(
+                f"{key}={item['input']!r} is not allowed: {item['msg'][0].lower()}{item['msg'][1:]}."
+            )
             fixes.append(f"{key} is {_describe(key)}.")
     return ConfigError(" ".join(problems), " ".join(fixes))
 
@@ -366,7 +410,9 @@ def describe_settings() -> str:
         fields = _section_fields(info.annotation)
         lines.append(f"{section}: {(info.annotation.__doc__ or '').strip()}")  # ty: ignore[unresolved-attribute]
         for field, field_info in fields.items():
-            default = yaml.safe_dump(_plain(field_info.default), default_flow_style=True, width=10_000).splitlines()[0]
+            default = yaml.safe_dump(
+                _plain(field_info.default), default_flow_style=True, width=10_000
+            ).splitlines()[0]
             lines.append(f"  {section}.{field}  ({_type_name(field_info.annotation)}, default {default})")
             lines.append(f"      {field_info.description}")
     return "\n".join(lines)

@@ -1,0 +1,78 @@
+"""Gather tokens by expert and scatter them back, each with a backward that never materialises T*K rows twice.
+
+`embedding_bag` sums the K rows of a token while reading them, several times faster on a CPU than the
+`index_put`/`index_add` that autograd would use.
+
+Shapes: T tokens, K experts a token, N = T * K routed tokens, D model dim.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """The order in which N routed tokens are laid out, grouped by expert.
+
+    Attributes:
+        order_N: flat (token, k) index of each row, int64.
+        inverse_TK: row of each (token, k) pair, int64.
+    """
+
+    order_N: Tensor
+    inverse_TK: Tensor
+
+
+def group_by_expert(expert_ids_TK: Tensor) -> Permutation:
+    """The permutation that lists routed tokens expert by expert, tokens of an expert in their order."""
+    order_N = torch.argsort(expert_ids_TK.flatten(), stable=True)
+    inverse_N = torch.empty_like(order_N)
+    inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+    return Permutation(order_N, inverse_N.view_as(expert_ids_TK))
+
+
+def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    """Rows of `x_TD`, each repeated for its K experts, in the permutation's order: `x_ND`."""
+    return _Permute.apply(x_TD, permutation.order_N, permutation.inverse_TK)
+
+
+def unpermute(y_ND: Tensor, weights_TK: Tensor, permutation: Permutation) -> Tensor:
+    """Weighted sum of each token's K rows: `y_TD`, in the dtype of `y_ND`."""
+    return _Unpermute.apply(y_ND, weights_TK.to(y_ND.dtype), permutation.order_N, permutation.inverse_TK)
+
+
+def _sum_rows(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    if index_TK.numel() == 0:
+        return rows_ND.new_zeros(index_TK.shape[0], rows_ND.shape[1])
+    return F.embedding_bag(index_TK, rows_ND, mode="sum", per_sample_weights=weights_TK)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_TK)
+        return x_TD.index_select(0, order_N // inverse_TK.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_TK,) = ctx.saved_tensors
+        return _sum_rows(grads[0].contiguous(), inverse_TK), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_ND, weights_TK, order_N, inverse_TK)
+        return _sum_rows(y_ND, inverse_TK, weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_ND, weights_TK, order_N, inverse_TK = ctx.saved_tensors
+        grad_ND = grads[0].index_select(0, order_N // inverse_TK.shape[1])
+        grad_weights_N = (grad_ND * y_ND).sum(dim=-1)
+        grad_ND *= weights_TK.flatten().index_select(0, order_N).unsqueeze(-1)
+        return grad_ND, grad_weights_N.index_select(0, inverse_TK.flatten()).view_as(weights_TK), None, None

@@ -1,0 +1,153 @@
+"""Decoder-only transformer whose feed-forward layers are dense or Mixture-of-Experts; written for one device.
+
+Shapes: B batch, S sequence, T tokens (B*S), D model dim, E experts, V vocabulary.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_ray.config import ModelConfig
+from moe_ray.models.attention import Attention, LayerCache, rope_cos_sin
+from moe_ray.models.experts import GroupedExperts
+from moe_ray.models.moe import MoE
+from moe_ray.models.router import Routing, TopKRouter
+
+
+@dataclass(frozen=True)
+class Output:
+    """Result of a forward pass.
+
+    Attributes:
+        hidden_BSD: normalised final hidden states; `Transformer.logits` maps them to the vocabulary.
+        routings: one for each MoE layer, in order.
+    """
+
+    hidden_BSD: Tensor
+    routings: tuple[Routing, ...]
+
+
+class DenseFeedForward(nn.Module):
+    """SwiGLU feed-forward (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w_gate = nn.Linear(config.dim, config.dense_dim, bias=False)
+        self.w_up = nn.Linear(config.dim, config.dense_dim, bias=False)
+        self.w_down = nn.Linear(config.dense_dim, config.dim, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Shape in is shape out."""
+        return self.w_down(F.silu(self.w_gate(x_BSD)) * self.w_up(x_BSD))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, is_moe: bool) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn = MoE(config) if is_moe else DenseFeedForward(config)
+
+    def forward(
+        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None
+    ) -> tuple[Tensor, Routing | None]:
+        """Returns the residual stream and, of a MoE block, the routing."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, cache)
+        normed_BSD = self.ffn_norm(x_BSD)
+        if isinstance(self.ffn, MoE):
+            y_BSD, routing = self.ffn(normed_BSD)
+            return x_BSD + y_BSD, routing
+        return x_BSD + self.ffn(normed_BSD), None
+
+
+class Transformer(nn.Module):
+    """The language model. Build it with `build_model`, which also initialises it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, i in config.moe_layers) for i in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        caches: Sequence[LayerCache] | None = None,
+    ) -> Output:
+        """Hidden states of `tokens_BS` (int64).
+
+        Args:
+            tokens_BS: token ids; B may be 0.
+            positions_BS: position of each token in its sequence; default 0 to S - 1.
+            caches: one a layer, for generation; without them attention is causal over the S tokens.
+        """
+        if positions_BS is None:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
+        rope = rope_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta)
+        x_BSD = self.embed(tokens_BS)
+        routings = []
+        for index, layer in enumerate(self.layers):
+            x_BSD, routing = layer(x_BSD, rope, caches[index] if caches else None)
+            if routing is not None:
+                routings.append(routing)
+        return Output(self.norm(x_BSD), tuple(routings))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits of hidden states of shape [..., D]: [..., V]."""
+        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+
+    def moe_modules(self) -> Iterator[MoE]:
+        """The MoE layers, in the order of `Output.routings`."""
+        for layer in self.layers:
+            if isinstance(layer, Block) and isinstance(layer.ffn, MoE):
+                yield layer.ffn
+
+
+def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:
+    """A model with initial weights, in float32."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return init_weights(model.to_empty(device=device), seed)
+
+
+@torch.no_grad()
+def init_weights(model: Transformer, seed: int) -> Transformer:
+    """Initialise each tensor from the seed, its name and, for experts, their global index.
+
+    So the same seed gives the same model however the experts are sharded. Matrices are normal with
+    `init_std`; those that write to the residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2).
+    """
+    std = model.config.init_std
+    residual_std = std / math.sqrt(2 * model.config.num_layers)
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{module_name}.{name}"
+            scale = residual_std if module_name.endswith(("wo", "w_down")) or name == "w_down_eDF" else std
+            if isinstance(module, nn.RMSNorm):
+                parameter.fill_(1.0)
+            elif isinstance(module, GroupedExperts):
+                for local, weight in enumerate(parameter):
+                    _normal_(weight, scale, f"{seed}/{full_name}/{module.first_expert + local}")
+            else:
+                _normal_(parameter, scale, f"{seed}/{full_name}")
+        if isinstance(module, TopKRouter):
+            module.load_fraction_E.fill_(1 / module.load_fraction_E.numel())
+    return model
+
+
+def _normal_(tensor: Tensor, std: float, key: str) -> None:
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+    )
+    tensor.copy_(torch.empty(tensor.shape).normal_(0.0, std, generator=generator))
