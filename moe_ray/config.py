@@ -1,5 +1,6 @@
 """Every setting of the system: frozen pydantic models, loaded from YAML plus `section.field=value` overrides."""
 
+import contextlib
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,17 +35,13 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Architecture of a decoder-only transformer in which some feed-forward layers are Mixture-of-Experts."""
 
-    vocab_size: PositiveInt = Field(
-        4096, description="rows of the embedding; a trained tokenizer has as many ids"
-    )
+    vocab_size: PositiveInt = Field(4096, description="rows of the embedding; a trained tokenizer has as many ids")
     dim: PositiveInt = Field(256, description="width of the residual stream (D)")
     num_layers: PositiveInt = Field(4, description="transformer blocks")
     num_heads: PositiveInt = Field(4, description="query heads (H)")
     num_kv_heads: PositiveInt = Field(2, description="key/value heads, shared by groups of query heads")
     num_experts: PositiveInt = Field(8, description="experts of each MoE layer (E)")
-    top_k: Annotated[int, Field(ge=1, le=8)] = Field(
-        2, description="experts that each token is routed to (K)"
-    )
+    top_k: Annotated[int, Field(ge=1, le=8)] = Field(2, description="experts that each token is routed to (K)")
     expert_dim: PositiveInt = Field(256, description="hidden width of one expert (F)")
     route_norm: bool = Field(True, description="rescale the top-k routing weights to sum to 1")
     num_dense_layers: NonNegativeInt = Field(0, description="first blocks that keep a dense feed-forward")
@@ -55,9 +52,7 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
     tie_embeddings: bool = Field(True, description="use the embedding matrix as the output head")
     init_std: PositiveFloat = Field(0.02, description="standard deviation of the initial weights")
-    load_balancing_loss_weight: NonNegativeFloat = Field(
-        0.01, description="weight of the load-balancing loss"
-    )
+    load_balancing_loss_weight: NonNegativeFloat = Field(0.01, description="weight of the load-balancing loss")
     router_z_loss_weight: NonNegativeFloat = Field(0.001, description="weight of the router z-loss")
 
     @model_validator(mode="after")
@@ -118,11 +113,7 @@ class ModelConfig(Section):
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         norms = (2 * self.num_layers + 1) * self.dim
         return (
-            embeddings
-            + norms
-            + self.num_layers * attention
-            + num_moe * moe
-            + (self.num_layers - num_moe) * dense
+            embeddings + norms + self.num_layers * attention + num_moe * moe + (self.num_layers - num_moe) * dense
         )
 
     def flops_per_token(self, sequence_length: int) -> int:
@@ -154,9 +145,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.sources:
-            raise ConfigError(
-                "data.sources=[] names no text.", "give at least one file, glob or corpus:NAME."
-            )
+            raise ConfigError("data.sources=[] names no text.", "give at least one file, glob or corpus:NAME.")
         return self
 
 
@@ -167,9 +156,7 @@ class ParallelConfig(Section):
     ep: PositiveInt = Field(1, description="expert parallelism: ranks that share one set of experts")
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs granted to a worker, also its thread count")
     use_gpu: bool = Field(False, description="one GPU a worker, NCCL instead of gloo")
-    timeout_seconds: PositiveInt = Field(
-        300, description="a collective that takes longer counts as a failure"
-    )
+    timeout_seconds: PositiveInt = Field(300, description="a collective that takes longer counts as a failure")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -185,9 +172,7 @@ class OptimConfig(Section):
     """AdamW with linear warm-up and cosine decay."""
 
     lr: PositiveFloat = Field(1e-3, description="peak learning rate")
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="final over peak learning rate"
-    )
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="final over peak learning rate")
     warmup_steps: NonNegativeInt = Field(100, description="steps of linear warm-up")
     weight_decay: NonNegativeFloat = Field(0.1, description="decoupled weight decay of matrices")
     beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW beta1")
@@ -237,9 +222,7 @@ class CheckpointConfig(Section):
 class TelemetryConfig(Section):
     """What the jobs say."""
 
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least severe line logged"
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
 
 
 class ServeConfig(Section):
@@ -247,9 +230,7 @@ class ServeConfig(Section):
 
     min_replicas: PositiveInt = Field(2, description="replicas when idle")
     max_replicas: PositiveInt = Field(16, description="most replicas")
-    target_ongoing_requests: PositiveFloat = Field(
-        4.0, description="requests a replica that autoscaling aims at"
-    )
+    target_ongoing_requests: PositiveFloat = Field(4.0, description="requests a replica that autoscaling aims at")
     cpus_per_replica: PositiveFloat = Field(
         0.5, description="CPUs reserved by a replica; its threads are at least 1"
     )
@@ -322,9 +303,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     try:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"config file {str(path)!r} does not exist.", "give the path of a YAML file."
-        ) from None
+        raise ConfigError(f"config file {str(path)!r} does not exist.", "give the path of a YAML file.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"config file {str(path)!r} cannot be read: {_one_line(error)}.", "give a valid YAML file."
@@ -364,10 +343,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} holds no YAML value.", "quote the value.") from None
     # YAML 1.1 reads 3e-4 as text because it has no dot; people mean the number.
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     fields = tree.setdefault(section, {})
     if fields is None:
         fields = tree[section] = {}
@@ -389,9 +366,7 @@ def _explain(error: ValidationError) -> ConfigError:
             problems.append(f"{key}={item['input']!r} is not a section.")
             fixes.append(f"write {key} as a mapping of fields.")
         else:
-            problems.append(
-                f"{key}={item['input']!r} is not allowed: {item['msg'][0].lower()}{item['msg'][1:]}."
-            )
+            problems.append(f"{key}={item['input']!r} is not allowed: {item['msg'][0].lower()}{item['msg'][1:]}.")
             fixes.append(f"{key} is {_describe(key)}.")
     return ConfigError(" ".join(problems), " ".join(fixes))
 
@@ -408,7 +383,7 @@ def describe_settings() -> str:
     lines = []
     for section, info in Config.model_fields.items():
         fields = _section_fields(info.annotation)
-        lines.append(f"{section}: {(info.annotation.__doc__ or '').strip()}")  # ty: ignore[unresolved-attribute]
+        lines.append(f"{section}: {(info.annotation.__doc__ or '').strip()}")
         for field, field_info in fields.items():
             default = yaml.safe_dump(
                 _plain(field_info.default), default_flow_style=True, width=10_000

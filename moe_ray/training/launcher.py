@@ -1,0 +1,143 @@
+"""Start a training run on a Ray cluster with Ray Train, from the driver."""
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+
+from moe_ray.checkpoint.catalog import newest_good
+from moe_ray.config import Config, ParallelConfig, build_config, load_config, to_yaml
+from moe_ray.data.prepare import prepare
+from moe_ray.errors import ConfigError, MoeRayError, TrainingError
+from moe_ray.parallel.mesh import build_mesh
+from moe_ray.telemetry.logs import setup_logging
+from moe_ray.telemetry.progress import show_progress
+from moe_ray.training.loop import train
+
+_logger = logging.getLogger(__name__)
+_CONFIG = "config.yaml"
+# Changing one of these in mid-run would give a curve that no single run has.
+_FIXED = ("model", "data.sequence_length", "data.sources", "train.seed", "train.global_batch")
+
+
+def run_training(config: Config) -> Path:
+    """Prepare the data if need be, then train to `train.steps`, going on from the run's newest good checkpoint.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        MoeRayError: whatever the user can mend, raised before any worker starts where that is possible.
+    """
+    run_dir = config.train.run_dir
+    _check_storage(config)
+    _check_resumable(config)
+    data_dir = prepare(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    found = newest_good(run_dir)
+    if found and found[1].step >= config.train.steps:
+        _logger.info("run %s already has %d steps; nothing to do", run_dir, found[1].step)
+        return run_dir
+    (run_dir / _CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    connect(config.parallel)
+    try:
+        with show_progress(run_dir, config.train.steps):
+            _trainer(config, data_dir).fit()
+    except WorkerGroupError as error:
+        raise _first_cause(error) from error
+    return run_dir
+
+
+def connect(parallel: ParallelConfig) -> None:
+    """Join the cluster of RAY_ADDRESS (which a submitted job has), or start a local one that fits the workers."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=True, logging_level="WARNING")
+        return
+    # Logical CPUs: more workers than cores are slow, not wrong.
+    num_cpus = max(os.cpu_count() or 1, math.ceil(parallel.workers * parallel.cpus_per_worker))
+    ray.init(address="local", num_cpus=num_cpus, logging_level="WARNING", include_dashboard=True)
+
+
+def _trainer(config: Config, data_dir: Path) -> TorchTrainer:
+    parallel = config.parallel
+    return TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "data_dir": str(data_dir)},
+        torch_config=TorchConfig(
+            backend="nccl" if parallel.use_gpu else "gloo", timeout_s=parallel.timeout_seconds
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=parallel.workers,
+            use_gpu=parallel.use_gpu,
+            resources_per_worker={"CPU": parallel.cpus_per_worker} | ({"GPU": 1} if parallel.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name="ray_train",
+            storage_path=str(config.train.run_dir.resolve()),
+            failure_config=FailureConfig(max_failures=0),
+        ),
+    )
+
+
+def _worker(arguments: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    config = build_config(arguments["config"])
+    setup_logging(config.telemetry.log_level)
+    torch.set_num_threads(max(1, int(config.parallel.cpus_per_worker)))
+    device = get_device() if config.parallel.use_gpu else torch.device("cpu")
+    train(config, build_mesh(config.parallel.ep, device), Path(arguments["data_dir"]), ray.train.report)
+
+
+def _check_storage(config: Config) -> None:
+    storage = Path(config.train.storage).expanduser()
+    if not storage.is_absolute() and os.environ.get(
+        "RAY_JOB_ID_ENV_VAR", os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    ):
+        raise ConfigError(
+            f"train.storage={config.train.storage!r} is relative, and a job's working directory is deleted with it.",
+            "give an absolute path, such as ~/moe_ray or /mnt/shared/moe_ray.",
+        )
+
+
+def _check_resumable(config: Config) -> None:
+    path = config.train.run_dir / _CONFIG
+    if not path.exists():
+        return
+    before, now = load_config(path).model_dump(), config.model_dump()
+    for key in _FIXED:
+        section, _, field = key.partition(".")
+        fields = [field] if field else list(now[section])
+        for name in fields:
+            if before[section][name] != now[section][name]:
+                raise ConfigError(
+                    f"{section}.{name}={now[section][name]!r} differs from the run in {str(path.parent)!r}, "
+                    f"which has {before[section][name]!r}.",
+                    "keep the value to resume the run, or set another train.name to start a new one.",
+                )
+
+
+def _first_cause(error: WorkerGroupError) -> MoeRayError:
+    """The user's error among those of the workers, or the first of them as a TrainingError."""
+    causes: list[BaseException] = []
+    for failure in error.worker_failures.values():
+        cause: BaseException | None = failure
+        while cause is not None and cause not in causes:
+            causes.append(cause)
+            cause = getattr(cause, "cause", None) or getattr(cause, "_base_exc", None) or cause.__cause__
+    for cause in causes:
+        if isinstance(cause, MoeRayError) and not isinstance(cause, TrainingError):
+            return cause
+    rank, failure = min(error.worker_failures.items(), key=lambda item: item[0])
+    return TrainingError(
+        f"training worker {rank} failed: {str(failure).strip().splitlines()[-1]}.",
+        "see the worker's log in the Ray dashboard; the same command resumes from the newest checkpoint.",
+    )

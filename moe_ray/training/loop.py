@@ -1,0 +1,137 @@
+"""The training loop of one rank: resume, step, evaluate, save, report. Knows the process group but not Ray."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from moe_ray.checkpoint.catalog import checkpoint_path, discard_unfinished, newest_good
+from moe_ray.checkpoint.load import load_model, load_optimizer
+from moe_ray.checkpoint.manifest import read_manifest
+from moe_ray.checkpoint.save import TOKENIZER, save_checkpoint
+from moe_ray.config import Config
+from moe_ray.data.batches import TokenData, open_data
+from moe_ray.errors import MoeRayError, TrainingError
+from moe_ray.parallel.mesh import Mesh
+from moe_ray.parallel.shard import build_sharded_model
+from moe_ray.telemetry.clock import PhaseClock
+from moe_ray.telemetry.run_log import append_metrics, drop_metrics_after
+from moe_ray.training.optimizer import build_optimizer, learning_rate
+from moe_ray.training.step import StepResult, Trainer, evaluate, train_step
+
+_logger = logging.getLogger(__name__)
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
+    """Train from the newest good checkpoint, or from the start, to `train.steps`.
+
+    Args:
+        mesh: this rank's place; every rank of it runs this function.
+        data_dir: the prepared token shards.
+        report: called on every rank with the metrics of each logged step.
+
+    Raises:
+        CheckpointError: all checkpoints of the run are damaged, or they are of another architecture.
+        StorageError: a checkpoint could not be written.
+    """
+    clock = PhaseClock(mesh.device, enabled=False)
+    model = build_sharded_model(config.model, config.train.seed, mesh, clock)
+    trainer = Trainer(config, mesh, model, build_optimizer(model, config.optim), clock)
+    data = open_data(data_dir)
+    seconds, steps = 0.0, 0
+    for step in range(_resume(trainer), config.train.steps):
+        started = time.perf_counter()
+        done = step + 1
+        evaluates = done == config.train.steps or done % config.train.eval_every == 0
+        clock.enabled = evaluates or done % config.train.log_every == 0
+        # The generator's state is a function of the seed and the step, so checkpoints need not hold it.
+        torch.manual_seed((config.train.seed << 32) + step)
+        with clock.phase("data"):
+            ids = data.train_batch(step, config.train.global_batch, config.train.seed)
+            batches = list(data.micro_batches("train", ids, mesh.rank, mesh.world_size, config.train.micro_batch))
+        lr = learning_rate(step, config.train.steps, config.optim)
+        result = train_step(trainer, batches, lr)
+        seconds, steps = seconds + time.perf_counter() - started, steps + 1
+        if clock.enabled:
+            metrics = _metrics(trainer, done, lr, result, seconds / steps)
+            if evaluates:
+                metrics |= _evaluation(trainer, data)
+            if mesh.rank == 0:
+                append_metrics(config.train.run_dir, metrics)
+            report(metrics)
+            seconds, steps = 0.0, 0
+        if done == config.train.steps or done % config.checkpoint.every == 0:
+            save_checkpoint(config, mesh, model, trainer.optimizer, data_dir / TOKENIZER, done)
+
+
+def _resume(trainer: Trainer) -> int:
+    """Load the newest good checkpoint on all ranks; returns the number of finished steps."""
+    run_dir, mesh = trainer.config.train.run_dir, trainer.mesh
+    step, problem = 0, None
+    if mesh.rank == 0:
+        try:
+            discard_unfinished(run_dir)
+            found = newest_good(run_dir)
+            step = found[1].step if found else 0
+            drop_metrics_after(run_dir, step)
+        except MoeRayError as error:
+            step, problem = -1, error
+    shared = torch.tensor(step, device=mesh.device)
+    if mesh.world_size > 1:
+        dist.broadcast(shared, src=0)
+    step = int(shared)
+    if problem is not None:
+        raise problem
+    if step < 0:
+        raise TrainingError("rank 0 could not resume the run.", "see the error of rank 0.")
+    if step > 0:
+        path = checkpoint_path(run_dir, step)
+        manifest = read_manifest(path)
+        load_model(path, manifest, trainer.model)
+        load_optimizer(path, manifest, trainer.model, trainer.optimizer)
+        _logger.info("resumed from %s", path)
+    return step
+
+
+def _metrics(trainer: Trainer, done: int, lr: float, result: StepResult, step_seconds: float) -> dict[str, Any]:
+    phases = trainer.clock.take()
+    return {
+        "step": done,
+        "tokens": done * result.num_tokens,
+        "loss": result.loss,
+        "perplexity": math.exp(min(result.loss, 700.0)),
+        "grad_norm": result.grad_norm,
+        "lr": lr,
+        "tokens_per_second": result.num_tokens / step_seconds,
+        "step_seconds": step_seconds,
+        **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
+        **result.routing.metrics(result.num_tokens),
+        "dropped_fraction": 0.0,
+        "memory_bytes": _memory_bytes(trainer.mesh.device),
+        "world_size": trainer.mesh.world_size,
+        "ep": trainer.mesh.ep,
+        "time": time.time(),
+    }
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Peak memory of the GPU since the start, or resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+def _evaluation(trainer: Trainer, data: TokenData) -> dict[str, float]:
+    train, mesh = trainer.config.train, trainer.mesh
+    ids = data.validation_sample(train.eval_batches * train.global_batch)
+    batches = data.micro_batches("validation", ids, mesh.rank, mesh.world_size, train.micro_batch)
+    loss = evaluate(trainer, batches)
+    return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
