@@ -9,9 +9,9 @@ from moe_ray.checkpoint.catalog import resolve_checkpoint
 from moe_ray.checkpoint.load import load_model
 from moe_ray.checkpoint.save import TOKENIZER
 from moe_ray.config import Config, Dtype, build_config
-from moe_ray.data.tokenizer import Tokenizer
+from moe_ray.data.tokenizer import Tokenizer, load_tokenizer
 from moe_ray.models.router import TopKRouter
-from moe_ray.models.transformer import Transformer
+from moe_ray.models.transformer import Transformer, materialize
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def load_for_inference(
         if not isinstance(module, TopKRouter):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(getattr(torch, dtype))
-    model.to_empty(device=device)
+    materialize(model, device)
     load_model(path, manifest, model)
     model.requires_grad_(False)
-    return InferenceModel(model.eval(), Tokenizer.load(path / TOKENIZER), config, manifest.step, path)
+    return InferenceModel(model.eval(), load_tokenizer(path / TOKENIZER), config, manifest.step, path)

@@ -74,7 +74,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        # Given its weight, Embedding skips an initialisation that on the meta device costs seconds of imports.
+        self.embed = nn.Embedding(
+            config.vocab_size, config.dim, _weight=torch.empty(config.vocab_size, config.dim)
+        )
         self.layers = nn.ModuleList(Block(config, i in config.moe_layers) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -118,7 +121,18 @@ def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cp
     """A model with initial weights, in float32."""
     with torch.device("meta"):
         model = Transformer(config)
-    return init_weights(model.to_empty(device=device), seed)
+    return init_weights(materialize(model, device), seed)
+
+
+def materialize(model: Transformer, device: torch.device | str) -> Transformer:
+    """Give a model that was built on the meta device memory, in place; `Module.to_empty` imports torch.compile."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            setattr(module, name, nn.Parameter(empty))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+    return model
 
 
 @torch.no_grad()
@@ -147,7 +161,5 @@ def init_weights(model: Transformer, seed: int) -> Transformer:
 
 
 def _normal_(tensor: Tensor, std: float, key: str) -> None:
-    generator = torch.Generator().manual_seed(
-        int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
-    )
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
     tensor.copy_(torch.empty(tensor.shape).normal_(0.0, std, generator=generator))

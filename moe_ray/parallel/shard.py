@@ -5,7 +5,7 @@ from torch import nn
 
 from moe_ray.config import ModelConfig
 from moe_ray.models.experts import GroupedExperts
-from moe_ray.models.transformer import Transformer, init_weights
+from moe_ray.models.transformer import Transformer, init_weights, materialize
 from moe_ray.parallel.dispatcher import AllToAllDispatcher
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.telemetry.clock import PhaseClock
@@ -19,7 +19,7 @@ def build_sharded_model(config: ModelConfig, seed: int, mesh: Mesh, clock: Phase
     with torch.device("meta"):
         model = Transformer(config)
     shard_experts(model, mesh, clock)
-    return init_weights(model.to_empty(device=mesh.device), seed)
+    return init_weights(materialize(model, mesh.device), seed)
 
 
 def shard_experts(model: Transformer, mesh: Mesh, clock: PhaseClock) -> None:

@@ -103,7 +103,7 @@ def _check_storage(config: Config) -> None:
         "RAY_JOB_ID_ENV_VAR", os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
     ):
         raise ConfigError(
-            f"train.storage={config.train.storage!r} is relative, and a job's working directory is deleted with it.",
+            f"train.storage={config.train.storage!r} is relative, and a job's working directory does not last.",
             "give an absolute path, such as ~/moe_ray or /mnt/shared/moe_ray.",
         )
 

@@ -16,7 +16,8 @@ from moe_ray.checkpoint.load import load_model, load_optimizer
 from moe_ray.checkpoint.manifest import read_manifest
 from moe_ray.checkpoint.save import TOKENIZER, save_checkpoint
 from moe_ray.config import Config
-from moe_ray.data.batches import TokenData, open_data
+from moe_ray.data.batches import MicroBatch, micro_batches, train_batch, validation_batches
+from moe_ray.data.reader import TokenData, open_data
 from moe_ray.errors import MoeRayError, TrainingError
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.parallel.shard import build_sharded_model
@@ -45,7 +46,7 @@ def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
     clock = PhaseClock(mesh.device, enabled=False)
     model = build_sharded_model(config.model, config.train.seed, mesh, clock)
     trainer = Trainer(config, mesh, model, build_optimizer(model, config.optim), clock)
-    data = open_data(data_dir)
+    data = open_data(data_dir, config.data.sequence_length)
     seconds, steps = 0.0, 0
     for step in range(_resume(trainer), config.train.steps):
         started = time.perf_counter()
@@ -55,8 +56,7 @@ def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
         # The generator's state is a function of the seed and the step, so checkpoints need not hold it.
         torch.manual_seed((config.train.seed << 32) + step)
         with clock.phase("data"):
-            ids = data.train_batch(step, config.train.global_batch, config.train.seed)
-            batches = list(data.micro_batches("train", ids, mesh.rank, mesh.world_size, config.train.micro_batch))
+            batches = _train_batches(config, data, step, mesh)
         lr = learning_rate(step, config.train.steps, config.optim)
         result = train_step(trainer, batches, lr)
         seconds, steps = seconds + time.perf_counter() - started, steps + 1
@@ -129,9 +129,20 @@ def _memory_bytes(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def _train_batches(config: Config, data: TokenData, step: int, mesh: Mesh) -> list[MicroBatch]:
+    train = config.train
+    numbers_G = train_batch(data.num_sequences("train"), step, train.global_batch, train.seed)
+    return list(micro_batches(data, "train", numbers_G, mesh.rank, mesh.world_size, train.micro_batch))
+
+
 def _evaluation(trainer: Trainer, data: TokenData) -> dict[str, float]:
     train, mesh = trainer.config.train, trainer.mesh
-    ids = data.validation_sample(train.eval_batches * train.global_batch)
-    batches = data.micro_batches("validation", ids, mesh.rank, mesh.world_size, train.micro_batch)
+    batches = (
+        batch
+        for numbers_G in validation_batches(
+            data.num_sequences("validation"), train.global_batch, train.eval_batches
+        )
+        for batch in micro_batches(data, "validation", numbers_G, mesh.rank, mesh.world_size, train.micro_batch)
+    )
     loss = evaluate(trainer, batches)
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_ray.analytics.routing import RoutingSums
 from moe_ray.config import Config, ModelConfig
+from moe_ray.data.batches import MicroBatch
 from moe_ray.models.losses import load_balancing_loss, next_token_loss, router_z_loss
 from moe_ray.models.router import Routing
 from moe_ray.models.transformer import Transformer
@@ -47,30 +48,20 @@ class StepResult:
     num_tokens: int
 
 
-def train_step(trainer: Trainer, micro_batches: Iterable[tuple[Tensor, Tensor]], lr: float) -> StepResult:
+def train_step(trainer: Trainer, micro_batches: Iterable[MicroBatch], lr: float) -> StepResult:
     """Accumulate gradients over this rank's micro-batches, reduce, clip and update.
 
     Args:
-        micro_batches: pairs of int64 `tokens_BS, targets_BS`; equally many on every rank, of which some may
-            hold no sequences. Together, over ranks, they are the global batch.
+        micro_batches: equally many on every rank, of which some may hold no sequences. Together, over ranks,
+            they are the global batch.
         lr: learning rate of this update.
     """
-    config, clock = trainer.config, trainer.clock
-    num_tokens = config.train.global_batch * config.data.sequence_length
-    loss_sum = torch.zeros((), dtype=torch.float64, device=trainer.mesh.device)
-    routing = _no_routing(trainer)
-    for tokens_BS, targets_BS in micro_batches:
-        with clock.phase("forward"):
-            loss, routings = _forward(trainer, tokens_BS, targets_BS, num_tokens)
-            total = loss + auxiliary_losses(trainer.model, routings, num_tokens, config.model)
-            routing.add(routings)
-            loss_sum += loss.detach().double()
-        with clock.phase("backward"):
-            total.backward()
+    clock, mesh = trainer.clock, trainer.mesh
+    loss_sum, routing = accumulate_gradients(trainer, micro_batches)
     with clock.phase("reduce"):
-        reduce_gradients(trainer.model, trainer.mesh)
-        grad_norm = clip_gradients(trainer.model, trainer.mesh, config.optim.clip_norm)
-        _sum_over_world(trainer.mesh, loss_sum, routing)
+        reduce_gradients(trainer.model, mesh)
+        grad_norm = clip_gradients(trainer.model, mesh, trainer.config.optim.clip_norm)
+        loss = _sum_over_world(mesh, loss_sum, routing)
     with clock.phase("optimizer"):
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr
@@ -78,7 +69,28 @@ def train_step(trainer: Trainer, micro_batches: Iterable[tuple[Tensor, Tensor]],
         trainer.optimizer.zero_grad()
         for moe, load_fraction_E in zip(trainer.model.moe_modules(), routing.load_fraction_LE, strict=True):
             moe.router.load_fraction_E.copy_(load_fraction_E)
-    return StepResult(loss_sum.item(), grad_norm.item(), routing, num_tokens)
+    return StepResult(loss, grad_norm.item(), routing, _tokens_per_step(trainer.config))
+
+
+def accumulate_gradients(trainer: Trainer, micro_batches: Iterable[MicroBatch]) -> tuple[Tensor, RoutingSums]:
+    """Forward and backward over this rank's micro-batches.
+
+    Returns:
+        This rank's part of the mean loss (float64 scalar) and of the routing sums.
+    """
+    config, clock = trainer.config, trainer.clock
+    num_tokens = _tokens_per_step(config)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=trainer.mesh.device)
+    routing = RoutingSums.zeros(len(config.model.moe_layers), config.model.num_experts, trainer.mesh.device)
+    for batch in micro_batches:
+        with clock.phase("forward"):
+            loss, routings = _forward(trainer, batch, num_tokens)
+            total = loss + auxiliary_losses(trainer.model, routings, num_tokens, config.model)
+            routing.add(routings)
+            loss_sum += loss.detach().double()
+        with clock.phase("backward"):
+            total.backward()
+    return loss_sum, routing
 
 
 def auxiliary_losses(
@@ -98,37 +110,35 @@ def auxiliary_losses(
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, micro_batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+def evaluate(trainer: Trainer, micro_batches: Iterable[MicroBatch]) -> float:
     """Mean next-token cross-entropy in nats over micro-batches of all ranks; equally many on each."""
     trainer.model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=trainer.mesh.device)
-    for tokens_BS, targets_BS in micro_batches:
-        loss, _ = _forward(trainer, tokens_BS, targets_BS, 1)
-        sums += torch.stack((loss.double(), torch.tensor(float(targets_BS.numel()), device=sums.device).double()))
+    for batch in micro_batches:
+        loss, _ = _forward(trainer, batch, 1)
+        sums += torch.stack(
+            (loss.double(), torch.tensor(float(batch.targets_BS.numel()), device=sums.device).double())
+        )
     trainer.model.train()
     trainer.mesh.sum_over_world(sums)
     return (sums[0] / sums[1]).item()
 
 
-def _forward(
-    trainer: Trainer, tokens_BS: Tensor, targets_BS: Tensor, num_tokens: int
-) -> tuple[Tensor, tuple[Routing, ...]]:
+def _forward(trainer: Trainer, batch: MicroBatch, num_tokens: int) -> tuple[Tensor, tuple[Routing, ...]]:
     device = trainer.mesh.device
     dtype = getattr(torch, trainer.config.train.dtype)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        output = trainer.model(tokens_BS.to(device, non_blocking=True))
+        output = trainer.model(batch.tokens_BS.to(device, non_blocking=True))
         logits_TV = trainer.model.logits(output.hidden_BSD.flatten(0, 1))
-    return next_token_loss(logits_TV, targets_BS.to(device).flatten(), num_tokens), output.routings
+    return next_token_loss(logits_TV, batch.targets_BS.to(device).flatten(), num_tokens), output.routings
 
 
-def _no_routing(trainer: Trainer) -> RoutingSums:
-    config = trainer.config.model
-    return RoutingSums.zeros(len(config.moe_layers), config.num_experts, trainer.mesh.device)
+def _tokens_per_step(config: Config) -> int:
+    return config.train.global_batch * config.data.sequence_length
 
 
-def _sum_over_world(mesh: Mesh, loss_sum: Tensor, routing: RoutingSums) -> None:
-    """One message for both."""
-    flat = torch.cat((loss_sum.unsqueeze(0), routing.sums_LX.flatten()))
-    mesh.sum_over_world(flat)
-    loss_sum.copy_(flat[0])
+def _sum_over_world(mesh: Mesh, loss_sum: Tensor, routing: RoutingSums) -> float:
+    """Sum the routing in place and return the sum of the losses, all in one message."""
+    flat = mesh.sum_over_world(torch.cat((loss_sum.unsqueeze(0), routing.sums_LX.flatten())))
     routing.sums_LX.copy_(flat[1:].view_as(routing.sums_LX))
+    return flat[0].item()
