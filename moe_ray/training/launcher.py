@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.train
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from moe_ray.checkpoint.catalog import newest_good
@@ -45,6 +46,8 @@ def run_training(config: Config) -> Path:
         _logger.info("run %s already has %d steps; nothing to do", run_dir, found[1].step)
         return run_dir
     (run_dir / _CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    # The controller takes one report an interval; its default of 2 s would hold back short steps.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     connect(config.parallel)
     try:
         with show_progress(run_dir, config.train.steps):
@@ -56,15 +59,20 @@ def run_training(config: Config) -> Path:
 
 def connect(parallel: ParallelConfig) -> None:
     """Join the cluster of RAY_ADDRESS (which a submitted job has), or start a local one that fits the workers."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level="WARNING")
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
         return
     # Logical CPUs: more workers than cores are slow, not wrong.
     num_cpus = max(os.cpu_count() or 1, math.ceil(parallel.workers * parallel.cpus_per_worker))
-    ray.init(address="local", num_cpus=num_cpus, logging_level="WARNING", include_dashboard=True)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=True,
+        logging_level=logging.WARNING,
+        _node_ip_address="127.0.0.1",
+    )
 
 
 def _trainer(config: Config, data_dir: Path) -> TorchTrainer:
@@ -75,15 +83,15 @@ def _trainer(config: Config, data_dir: Path) -> TorchTrainer:
         torch_config=TorchConfig(
             backend="nccl" if parallel.use_gpu else "gloo", timeout_s=parallel.timeout_seconds
         ),
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # ty: ignore
             num_workers=parallel.workers,
             use_gpu=parallel.use_gpu,
             resources_per_worker={"CPU": parallel.cpus_per_worker} | ({"GPU": 1} if parallel.use_gpu else {}),
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # ty: ignore
             name="ray_train",
             storage_path=str(config.train.run_dir.resolve()),
-            failure_config=FailureConfig(max_failures=0),
+            logging_config=LoggingConfig(log_level="WARNING"),  # ty: ignore
         ),
     )
 
@@ -94,7 +102,12 @@ def _worker(arguments: dict[str, Any]) -> None:
     setup_logging(config.telemetry.log_level)
     torch.set_num_threads(max(1, int(config.parallel.cpus_per_worker)))
     device = get_device() if config.parallel.use_gpu else torch.device("cpu")
-    train(config, build_mesh(config.parallel.ep, device), Path(arguments["data_dir"]), ray.train.report)
+    train(config, build_mesh(config.parallel.ep, device), Path(arguments["data_dir"]), _report)
+
+
+def _report(metrics: dict[str, Any]) -> None:
+    """Ray Train keeps numbers; what is by layer stands in metrics.jsonl."""
+    ray.train.report({name: value for name, value in metrics.items() if isinstance(value, int | float)})
 
 
 def _check_storage(config: Config) -> None:

@@ -16,13 +16,14 @@ from moe_ray.checkpoint.load import load_model, load_optimizer
 from moe_ray.checkpoint.manifest import read_manifest
 from moe_ray.checkpoint.save import TOKENIZER, save_checkpoint
 from moe_ray.config import Config
-from moe_ray.data.batches import MicroBatch, micro_batches, train_batch, validation_batches
+from moe_ray.data.batches import MicroBatch, micro_batches, train_batch
 from moe_ray.data.reader import TokenData, open_data
 from moe_ray.errors import MoeRayError, TrainingError
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.parallel.shard import build_sharded_model
 from moe_ray.telemetry.clock import PhaseClock
 from moe_ray.telemetry.run_log import append_metrics, drop_metrics_after
+from moe_ray.training.held_out import held_out_batches, validation_metrics
 from moe_ray.training.optimizer import build_optimizer, learning_rate
 from moe_ray.training.step import StepResult, Trainer, evaluate, train_step
 
@@ -135,14 +136,7 @@ def _train_batches(config: Config, data: TokenData, step: int, mesh: Mesh) -> li
     return list(micro_batches(data, "train", numbers_G, mesh.rank, mesh.world_size, train.micro_batch))
 
 
-def _evaluation(trainer: Trainer, data: TokenData) -> dict[str, float]:
+def _evaluation(trainer: Trainer, data: TokenData) -> dict[str, Any]:
     train, mesh = trainer.config.train, trainer.mesh
-    batches = (
-        batch
-        for numbers_G in validation_batches(
-            data.num_sequences("validation"), train.global_batch, train.eval_batches
-        )
-        for batch in micro_batches(data, "validation", numbers_G, mesh.rank, mesh.world_size, train.micro_batch)
-    )
-    loss = evaluate(trainer, batches)
-    return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
+    batches = held_out_batches(data, mesh, train.global_batch, train.eval_batches, train.micro_batch)
+    return validation_metrics(evaluate(trainer.model, mesh, train.dtype, batches, len(data.domains)), data.domains)

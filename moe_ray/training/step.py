@@ -1,16 +1,17 @@
 """One optimizer step over a global batch, and one evaluation; the same on every world size.
 
-Shapes: B sequences, S tokens of each, T tokens (B*S), D model dim, E experts, L MoE layers.
+Shapes: B sequences, S tokens of each, T tokens (B*S), E experts, L MoE layers, V vocabulary, M domains.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ray.analytics.routing import RoutingSums
-from moe_ray.config import Config, ModelConfig
+from moe_ray.config import Config, Dtype, ModelConfig
 from moe_ray.data.batches import MicroBatch
 from moe_ray.models.losses import load_balancing_loss, next_token_loss, router_z_loss
 from moe_ray.models.router import Routing
@@ -84,7 +85,8 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Iterable[MicroBatch]) 
     routing = RoutingSums.zeros(len(config.model.moe_layers), config.model.num_experts, trainer.mesh.device)
     for batch in micro_batches:
         with clock.phase("forward"):
-            loss, routings = _forward(trainer, batch, num_tokens)
+            logits_TV, routings = _forward(trainer.model, trainer.mesh, config.train.dtype, batch)
+            loss = next_token_loss(logits_TV, batch.targets_BS.to(trainer.mesh.device).flatten(), num_tokens)
             total = loss + auxiliary_losses(trainer.model, routings, num_tokens, config.model)
             routing.add(routings)
             loss_sum += loss.detach().double()
@@ -110,27 +112,38 @@ def auxiliary_losses(
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, micro_batches: Iterable[MicroBatch]) -> float:
-    """Mean next-token cross-entropy in nats over micro-batches of all ranks; equally many on each."""
-    trainer.model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=trainer.mesh.device)
+def evaluate(
+    model: Transformer, mesh: Mesh, dtype: Dtype, micro_batches: Iterable[MicroBatch], num_domains: int
+) -> Tensor:
+    """Cross-entropy of held-out sequences, by domain.
+
+    Args:
+        micro_batches: this rank's share; equally many on every rank.
+        num_domains: domain ids are below it (M).
+
+    Returns:
+        `sums_2M`, float64, equal on all ranks: summed cross-entropy in nats, and the number of tokens.
+    """
+    model.eval()
+    sums_2M = torch.zeros(2, num_domains, dtype=torch.float64, device=mesh.device)
     for batch in micro_batches:
-        loss, _ = _forward(trainer, batch, 1)
-        sums += torch.stack(
-            (loss.double(), torch.tensor(float(batch.targets_BS.numel()), device=sums.device).double())
-        )
-    trainer.model.train()
-    trainer.mesh.sum_over_world(sums)
-    return (sums[0] / sums[1]).item()
+        logits_TV, _ = _forward(model, mesh, dtype, batch)
+        targets_BS = batch.targets_BS.to(mesh.device)
+        losses_T = F.cross_entropy(logits_TV.float(), targets_BS.flatten(), reduction="none")
+        domains_T = batch.domains_B.to(mesh.device).repeat_interleave(targets_BS.shape[1])
+        sums_2M[0].index_add_(0, domains_T, losses_T.double())
+        sums_2M[1].index_add_(0, domains_T, torch.ones_like(losses_T, dtype=torch.float64))
+    model.train()
+    return mesh.sum_over_world(sums_2M)
 
 
-def _forward(trainer: Trainer, batch: MicroBatch, num_tokens: int) -> tuple[Tensor, tuple[Routing, ...]]:
-    device = trainer.mesh.device
-    dtype = getattr(torch, trainer.config.train.dtype)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        output = trainer.model(batch.tokens_BS.to(device, non_blocking=True))
-        logits_TV = trainer.model.logits(output.hidden_BSD.flatten(0, 1))
-    return next_token_loss(logits_TV, batch.targets_BS.to(device).flatten(), num_tokens), output.routings
+def _forward(
+    model: Transformer, mesh: Mesh, dtype: Dtype, batch: MicroBatch
+) -> tuple[Tensor, tuple[Routing, ...]]:
+    """Logits_TV and the routings of a micro-batch, computed in `dtype`."""
+    with torch.autocast(mesh.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        output = model(batch.tokens_BS.to(mesh.device, non_blocking=True))
+        return model.logits(output.hidden_BSD.flatten(0, 1)), output.routings
 
 
 def _tokens_per_step(config: Config) -> int:
