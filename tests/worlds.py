@@ -3,27 +3,49 @@
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+_processes = multiprocessing.get_context("forkserver")
 # One process imports torch; the ranks are forked from it.
-multiprocessing.set_forkserver_preload(["torch._dynamo", "moe_ray.training.step", "pytest"])
+_processes.set_forkserver_preload(["torch._dynamo", "moe_ray.training.loop", "pytest"])
 
 
 def run_world(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
-    """Call `function(rank, *arguments)` on every rank; raises what the first failing rank raised."""
-    with tempfile.NamedTemporaryFile() as rendezvous:
-        mp.start_processes(
-            _enter,
-            (world_size, rendezvous.name, function, arguments),
-            nprocs=world_size,
-            start_method="forkserver",
-        )
+    """Call `function(rank, *arguments)` on every rank and wait; fails if any rank does."""
+    world = start_world(world_size, function, *arguments)
+    try:
+        for process in world:
+            process.join(timeout=120)
+        assert [process.exitcode for process in world] == [0] * world_size
+    finally:
+        kill_world(world)
+
+
+def start_world(world_size: int, function: Callable[..., None], *arguments: Any) -> list[BaseProcess]:
+    """Start `function(rank, *arguments)` on every rank and return the running processes."""
+    rendezvous = Path(tempfile.mkdtemp(prefix="rendezvous-")) / "store"
+    world: list[BaseProcess] = [
+        _processes.Process(target=_enter, args=(rank, world_size, str(rendezvous), function, arguments))
+        for rank in range(world_size)
+    ]
+    for process in world:
+        process.start()
+    return world
+
+
+def kill_world(world: Sequence[BaseProcess]) -> None:
+    """SIGKILL what still runs, and reap it."""
+    for process in world:
+        process.kill()
+    for process in world:
+        process.join()
 
 
 def _enter(rank: int, world_size: int, rendezvous: str, function: Callable[..., None], arguments: tuple) -> None:

@@ -1,0 +1,214 @@
+"""The training loop in real processes: it learns, reports, resumes after SIGKILL, and survives storage trouble."""
+
+import json
+import math
+import shutil
+import subprocess
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_ray.checkpoint.catalog import list_checkpoints
+from moe_ray.checkpoint.manifest import read_manifest
+from moe_ray.config import Config, build_config
+from moe_ray.data.prepare import prepare
+from moe_ray.errors import StorageError
+from moe_ray.parallel.mesh import build_mesh
+from moe_ray.telemetry.run_log import read_metrics
+from moe_ray.training.loop import train
+from tests.worlds import kill_world, run_world, start_world
+
+MODEL = {"vocab_size": 512, "dim": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "num_experts": 4}
+MODEL |= {"top_k": 2, "expert_dim": 64, "max_sequence_length": 64}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real text: some modules of the standard library."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name in (
+        "argparse",
+        "ast",
+        "bisect",
+        "calendar",
+        "copy",
+        "csv",
+        "dis",
+        "enum",
+        "glob",
+        "heapq",
+        "tokenize",
+    ):
+        shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{name}.py", folder / f"{name}.txt")
+    return folder
+
+
+@pytest.fixture
+def make_config(corpus: Path, tmp_path: Path) -> Callable[..., Config]:
+    def make(*overrides: str, name: str = "run", storage: Path = tmp_path) -> Config:
+        tree = {
+            "model": MODEL,
+            "data": {
+                "sources": [f"code={corpus}/*.txt"],
+                "sequence_length": 32,
+                "validation_fraction": 0.2,
+                "path": str(corpus / "prepared"),
+            },
+            "optim": {"lr": 5e-3, "warmup_steps": 2},
+            "train": {
+                "name": name,
+                "storage": str(storage),
+                "steps": 12,
+                "global_batch": 6,
+                "micro_batch": 2,
+                "log_every": 1,
+                "eval_every": 6,
+                "eval_batches": 2,
+            },
+            "checkpoint": {"every": 4},
+        }
+        return build_config(tree, overrides)
+
+    return make
+
+
+def rank_main(rank: int, config: Config, data_dir: Path) -> None:
+    train(config, build_mesh(config.parallel.ep), data_dir, lambda metrics: None)
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Train to the end in `parallel.workers` processes; returns the logged metrics."""
+    data_dir = prepare(config)
+    config.train.run_dir.mkdir(parents=True, exist_ok=True)
+    run_world(config.parallel.workers, rank_main, config, data_dir)
+    return read_metrics(config.train.run_dir)
+
+
+def run_and_kill(config: Config, is_time: Callable[[], bool]) -> None:
+    """Train until `is_time`, then SIGKILL every rank."""
+    data_dir = prepare(config)
+    config.train.run_dir.mkdir(parents=True, exist_ok=True)
+    world = start_world(config.parallel.workers, rank_main, config, data_dir)
+    try:
+        while not is_time():
+            assert all(process.is_alive() for process in world), "the run ended before it could be killed"
+            time.sleep(0.0005)
+    finally:
+        kill_world(world)
+
+
+def losses(metrics: list[dict[str, Any]]) -> list[float]:
+    assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
+    return [m["loss"] for m in metrics]
+
+
+def test_metrics_say_what_happened(make_config: Callable[..., Config]) -> None:
+    metrics = run(make_config("parallel.workers=2", "parallel.ep=2", "train.steps=60", "train.eval_every=30"))
+    first, last = metrics[0], metrics[-1]
+    assert first["loss"] == pytest.approx(math.log(512), rel=0.05)
+    assert last["loss"] < first["loss"] - 0.7
+    assert metrics[29]["val_perplexity"] > last["val_perplexity"]
+    assert last["val_perplexity"] == pytest.approx(math.exp(last["val_loss"]))
+    assert last["perplexity"] == pytest.approx(math.exp(last["loss"]))
+    assert last["tokens"] == 60 * 6 * 32
+    assert last["tokens_per_second"] == pytest.approx(6 * 32 / last["step_seconds"])
+    phases = [last[f"{p}_seconds"] for p in ("data", "forward", "dispatch", "backward", "reduce", "optimizer")]
+    assert all(seconds > 0 for seconds in phases)
+    assert sum(phases) <= last["step_seconds"] * 1.01
+    for load_E, cv, variance in zip(
+        last["load_by_layer"], last["load_cv_by_layer"], last["load_variance_by_layer"], strict=True
+    ):
+        assert sum(load_E) == pytest.approx(1)
+        assert variance == pytest.approx(sum((f - 0.25) ** 2 for f in load_E) / 4)
+        assert cv == pytest.approx(math.sqrt(variance) / 0.25)
+    assert last["load_cv"] == max(last["load_cv_by_layer"])
+    assert 0 < last["routing_entropy"] <= 1
+    assert last["dead_experts"] == sum(f == 0 for load_E in last["load_by_layer"] for f in load_E)
+    assert last["grad_norm"] > 0
+    assert last["memory_bytes"] > 50e6
+    assert last["val_perplexity_by_domain"]["code"] == pytest.approx(last["val_perplexity"])
+
+
+def test_world_size_does_not_change_the_curve(make_config: Callable[..., Config]) -> None:
+    one = run(make_config(name="one"))
+    four = run(make_config("parallel.workers=4", "parallel.ep=2", name="four"))
+    assert losses(four) == pytest.approx(losses(one), rel=1e-5)
+    assert four[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_killed_run_resumes_on_the_undisturbed_curve(make_config: Callable[..., Config], dtype: str) -> None:
+    settings = ["parallel.workers=2", "parallel.ep=2", f"train.dtype={dtype}"]
+    undisturbed = run(make_config(*settings, name="undisturbed"))
+    config = make_config(*settings, name="killed")
+    run_and_kill(config, lambda: len(read_metrics(config.train.run_dir)) >= 6)
+    assert [read_manifest(path).step for path in list_checkpoints(config.train.run_dir)] == [4]
+    assert losses(run(config)) == pytest.approx(losses(undisturbed), rel=1e-6)
+
+
+def test_resume_on_another_world(make_config: Callable[..., Config]) -> None:
+    undisturbed = run(make_config(name="undisturbed"))
+    config = make_config("parallel.workers=4", "parallel.ep=4", name="moved")
+    run_and_kill(config, lambda: len(read_metrics(config.train.run_dir)) >= 6)
+    moved = make_config("parallel.workers=2", "parallel.ep=1", name="moved")
+    assert losses(run(moved)) == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+def test_killed_while_saving_uses_the_previous_checkpoint(make_config: Callable[..., Config]) -> None:
+    undisturbed = run(make_config("checkpoint.every=1", name="undisturbed"))
+    config = make_config("checkpoint.every=1", name="killed")
+    checkpoints = config.train.run_dir / "checkpoints"
+
+    def half_written() -> bool:
+        return len(list_checkpoints(config.train.run_dir)) >= 2 and any(checkpoints.glob(".staging-0*/model*"))
+
+    run_and_kill(config, half_written)
+    whole = [read_manifest(path).step for path in list_checkpoints(config.train.run_dir)]
+    assert losses(run(config)) == pytest.approx(losses(undisturbed), rel=1e-6)
+    assert whole
+    assert not list(checkpoints.glob(".staging*"))
+
+
+def test_only_the_newest_checkpoints_are_kept(make_config: Callable[..., Config]) -> None:
+    config = make_config("checkpoint.every=2", "checkpoint.keep_last=2")
+    run(config)
+    assert [path.name for path in list_checkpoints(config.train.run_dir)] == ["step-00000010", "step-00000012"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def test_full_disk_loses_nothing(make_config: Callable[..., Config], small_disk: Path) -> None:
+    config = make_config("checkpoint.every=1", "checkpoint.keep_last=9", storage=small_disk)
+    data_dir = prepare(config)
+    config.train.run_dir.mkdir()
+    with pytest.raises(StorageError, match=r"No space left.*Fix: free space"):
+        train(config, build_mesh(1), data_dir, lambda metrics: None)
+    kept = list_checkpoints(config.train.run_dir)
+    assert kept
+    assert [path.name for path in kept[0].parent.iterdir() if path.name.startswith(".")] == []
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert len(losses(run(config))) == 12
+
+
+def test_unfinished_last_line_of_the_metrics_is_dropped(make_config: Callable[..., Config]) -> None:
+    config = make_config("train.steps=4")
+    run(config)
+    path = config.train.run_dir / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 5, "lo')
+    longer = make_config("train.steps=6")
+    assert len(losses(run(longer))) == 6
+    assert all(json.loads(line) for line in path.read_text().splitlines())
