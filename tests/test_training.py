@@ -2,9 +2,7 @@
 
 import json
 import math
-import shutil
 import subprocess
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,58 +18,19 @@ from moe_ray.errors import StorageError
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.telemetry.run_log import read_metrics
 from moe_ray.training.loop import train
+from tests.tiny import copy_corpus, tiny_settings
 from tests.worlds import kill_world, run_world, start_world
-
-MODEL = {"vocab_size": 512, "dim": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "num_experts": 4}
-MODEL |= {"top_k": 2, "expert_dim": 64, "max_sequence_length": 64}
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real text: some modules of the standard library."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for name in (
-        "argparse",
-        "ast",
-        "bisect",
-        "calendar",
-        "copy",
-        "csv",
-        "dis",
-        "enum",
-        "glob",
-        "heapq",
-        "tokenize",
-    ):
-        shutil.copy(Path(sysconfig.get_path("stdlib")) / f"{name}.py", folder / f"{name}.txt")
-    return folder
+    return copy_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture
 def make_config(corpus: Path, tmp_path: Path) -> Callable[..., Config]:
     def make(*overrides: str, name: str = "run", storage: Path = tmp_path) -> Config:
-        tree = {
-            "model": MODEL,
-            "data": {
-                "sources": [f"code={corpus}/*.txt"],
-                "sequence_length": 32,
-                "validation_fraction": 0.2,
-                "path": str(corpus / "prepared"),
-            },
-            "optim": {"lr": 5e-3, "warmup_steps": 2},
-            "train": {
-                "name": name,
-                "storage": str(storage),
-                "steps": 12,
-                "global_batch": 6,
-                "micro_batch": 2,
-                "log_every": 1,
-                "eval_every": 6,
-                "eval_batches": 2,
-            },
-            "checkpoint": {"every": 4},
-        }
-        return build_config(tree, overrides)
+        return build_config(tiny_settings(corpus, storage, name), overrides)
 
     return make
 
