@@ -144,8 +144,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.sources:
-            raise ConfigError("data.sources=[] names no text.", "give at least one file, glob or corpus:NAME.")
+        if not self.sources and self.path is None:
+            raise ConfigError(
+                "data.sources=[] without data.path names no text.",
+                "give files, globs or corpus:NAME, or the path of prepared data.",
+            )
         return self
 
 

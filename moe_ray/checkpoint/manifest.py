@@ -41,6 +41,7 @@ class Manifest(BaseModel):
         step: optimizer steps done.
         tokens: training tokens seen.
         data_position: training sequences consumed; the next step starts there.
+        data_digest: identity of the tokens and their order; another data set would make the position meaningless.
         rng_seed: the generator is seeded anew from this and the step at each step, so this is its whole state.
         world_size: ranks that wrote it; any world can read it.
         ep: expert parallelism of that world.
@@ -53,6 +54,7 @@ class Manifest(BaseModel):
     step: int
     tokens: int
     data_position: int
+    data_digest: str
     rng_seed: int
     world_size: int
     ep: int

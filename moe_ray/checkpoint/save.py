@@ -34,11 +34,17 @@ def save_checkpoint(
     model: Transformer,
     optimizer: torch.optim.Optimizer,
     tokenizer_file: Path,
+    *,
     step: int,
+    data_digest: str,
 ) -> Path:
     """Save the training state after `step` optimizer steps; all ranks call it.
 
     Older checkpoints stay as they are until this one is visible; then all but `checkpoint.keep_last` go.
+
+    Args:
+        tokenizer_file: copied into the checkpoint, which so holds all that serving needs.
+        data_digest: identity of the training tokens, to be compared on resume.
 
     Returns:
         The checkpoint directory.
@@ -50,7 +56,7 @@ def save_checkpoint(
     final = checkpoint_path(config.train.run_dir, step)
     _all_ranks(mesh, staging, lambda: _prepare(staging, mesh))
     _all_ranks(mesh, staging, lambda: _write_share(staging, mesh, model, optimizer, tokenizer_file))
-    _all_ranks(mesh, staging, lambda: _publish(staging, final, config, mesh, step))
+    _all_ranks(mesh, staging, lambda: _publish(staging, final, config, mesh, step, data_digest))
     return final
 
 
@@ -101,7 +107,7 @@ def _write_share(
     _entries_path(staging, mesh.rank).write_bytes(_ENTRIES.dump_json(entries))
 
 
-def _publish(staging: Path, final: Path, config: Config, mesh: Mesh, step: int) -> None:
+def _publish(staging: Path, final: Path, config: Config, mesh: Mesh, step: int, data_digest: str) -> None:
     if mesh.rank != 0:
         return
     files: list[FileEntry] = []
@@ -114,6 +120,7 @@ def _publish(staging: Path, final: Path, config: Config, mesh: Mesh, step: int) 
         step=step,
         tokens=sequences * config.data.sequence_length,
         data_position=sequences,
+        data_digest=data_digest,
         rng_seed=config.train.seed,
         world_size=mesh.world_size,
         ep=mesh.ep,

@@ -14,6 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from moe_ray.checkpoint.catalog import newest_good
 from moe_ray.config import Config, ParallelConfig, build_config, load_config, to_yaml
+from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.data.prepare import prepare
 from moe_ray.errors import ConfigError, MoeRayError, TrainingError
 from moe_ray.parallel.mesh import build_mesh
@@ -100,7 +101,8 @@ def _worker(arguments: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     config = build_config(arguments["config"])
     setup_logging(config.telemetry.log_level)
-    torch.set_num_threads(max(1, int(config.parallel.cpus_per_worker)))
+    keep_freed_memory()
+    set_threads(config.parallel.cpus_per_worker)
     device = get_device() if config.parallel.use_gpu else torch.device("cpu")
     train(config, build_mesh(config.parallel.ep, device), Path(arguments["data_dir"]), _report)
 

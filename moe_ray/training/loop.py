@@ -18,7 +18,7 @@ from moe_ray.checkpoint.save import TOKENIZER, save_checkpoint
 from moe_ray.config import Config
 from moe_ray.data.batches import MicroBatch, micro_batches, train_batch
 from moe_ray.data.reader import TokenData, open_data
-from moe_ray.errors import MoeRayError, TrainingError
+from moe_ray.errors import CheckpointError, MoeRayError, TrainingError
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.parallel.shard import build_sharded_model
 from moe_ray.telemetry.clock import PhaseClock
@@ -49,7 +49,7 @@ def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
     trainer = Trainer(config, mesh, model, build_optimizer(model, config.optim), clock)
     data = open_data(data_dir, config.data.sequence_length)
     seconds, steps = 0.0, 0
-    for step in range(_resume(trainer), config.train.steps):
+    for step in range(_resume(trainer, data), config.train.steps):
         started = time.perf_counter()
         done = step + 1
         evaluates = done == config.train.steps or done % config.train.eval_every == 0
@@ -70,10 +70,10 @@ def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
             report(metrics)
             seconds, steps = 0.0, 0
         if done == config.train.steps or done % config.checkpoint.every == 0:
-            save_checkpoint(config, mesh, model, trainer.optimizer, data_dir / TOKENIZER, done)
+            _save(trainer, data, done)
 
 
-def _resume(trainer: Trainer) -> int:
+def _resume(trainer: Trainer, data: TokenData) -> int:
     """Load the newest good checkpoint on all ranks; returns the number of finished steps."""
     run_dir, mesh = trainer.config.train.run_dir, trainer.mesh
     step, problem = 0, None
@@ -96,10 +96,27 @@ def _resume(trainer: Trainer) -> int:
     if step > 0:
         path = checkpoint_path(run_dir, step)
         manifest = read_manifest(path)
+        if manifest.data_digest != data.index.digest:
+            raise CheckpointError(
+                f"the text in {str(data.folder)!r} is not that of checkpoint {str(path)!r}.",
+                "restore the sources that the run was started with, or set another train.name.",
+            )
         load_model(path, manifest, trainer.model)
         load_optimizer(path, manifest, trainer.model, trainer.optimizer)
         _logger.info("resumed from %s", path)
     return step
+
+
+def _save(trainer: Trainer, data: TokenData, done: int) -> None:
+    save_checkpoint(
+        trainer.config,
+        trainer.mesh,
+        trainer.model,
+        trainer.optimizer,
+        data.folder / TOKENIZER,
+        step=done,
+        data_digest=data.index.digest,
+    )
 
 
 def _metrics(trainer: Trainer, done: int, lr: float, result: StepResult, step_seconds: float) -> dict[str, Any]:
