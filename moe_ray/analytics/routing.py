@@ -41,6 +41,10 @@ class RoutingSums:
                 )
             )
 
+    def __add__(self, other: "RoutingSums") -> "RoutingSums":
+        """The sums of both."""
+        return RoutingSums(self.sums_LX + other.sums_LX)
+
     @property
     def num_experts(self) -> int:
         """E."""
@@ -57,7 +61,10 @@ class RoutingSums:
         return self.tokens_per_expert_LE / self.tokens_per_expert_LE.sum(dim=1, keepdim=True)
 
     def metrics(self, num_tokens: int) -> dict[str, float | int | list[float]]:
-        """Statistics of the global batch of `num_tokens`: one number over all layers, and lists by layer."""
+        """Statistics over the `num_tokens` tokens added: one number over all layers, and lists by layer.
+
+        `load_cv` and `load_variance` are those of the worst layer; the variance is that of the load fractions.
+        """
         loads_LE = self.load_fraction_LE
         probs_LE = self.sums_LX[:, self.num_experts : 2 * self.num_experts] / num_tokens
         cv_L = load_cv(self.tokens_per_expert_LE)

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from moe_ray.analytics.routing import RoutingSums
 from moe_ray.checkpoint.catalog import checkpoint_path, discard_unfinished, newest_good
 from moe_ray.checkpoint.load import load_model, load_optimizer
 from moe_ray.checkpoint.manifest import read_manifest
@@ -48,27 +50,27 @@ def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
     model = build_sharded_model(config.model, config.train.seed, mesh, clock)
     trainer = Trainer(config, mesh, model, build_optimizer(model, config.optim), clock)
     data = open_data(data_dir, config.data.sequence_length)
-    seconds, steps = 0.0, 0
+    interval = _Interval()
     for step in range(_resume(trainer, data), config.train.steps):
         started = time.perf_counter()
         done = step + 1
         evaluates = done == config.train.steps or done % config.train.eval_every == 0
         clock.enabled = evaluates or done % config.train.log_every == 0
         # The generator's state is a function of the seed and the step, so checkpoints need not hold it.
-        torch.manual_seed((config.train.seed << 32) + step)
+        torch.manual_seed((config.train.seed * 1_000_003 + step) % 2**63)
         with clock.phase("data"):
             batches = _train_batches(config, data, step, mesh)
         lr = learning_rate(step, config.train.steps, config.optim)
         result = train_step(trainer, batches, lr)
-        seconds, steps = seconds + time.perf_counter() - started, steps + 1
+        interval.add(result, time.perf_counter() - started)
         if clock.enabled:
-            metrics = _metrics(trainer, done, lr, result, seconds / steps)
+            metrics = _metrics(trainer, done, lr, result, interval)
             if evaluates:
                 metrics |= _evaluation(trainer, data)
             if mesh.rank == 0:
                 append_metrics(config.train.run_dir, metrics)
             report(metrics)
-            seconds, steps = 0.0, 0
+            interval = _Interval()
         if done == config.train.steps or done % config.checkpoint.every == 0:
             _save(trainer, data, done)
 
@@ -119,8 +121,25 @@ def _save(trainer: Trainer, data: TokenData, done: int) -> None:
     )
 
 
-def _metrics(trainer: Trainer, done: int, lr: float, result: StepResult, step_seconds: float) -> dict[str, Any]:
+@dataclass
+class _Interval:
+    """The steps since the last logged one."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    routing: RoutingSums | None = None
+
+    def add(self, result: StepResult, seconds: float) -> None:
+        self.steps += 1
+        self.seconds += seconds
+        self.routing = result.routing if self.routing is None else self.routing + result.routing
+
+
+def _metrics(trainer: Trainer, done: int, lr: float, result: StepResult, interval: _Interval) -> dict[str, Any]:
+    """Loss, norm and phases are of the step, speed and routing of the interval: small batches route noisily."""
     phases = trainer.clock.take()
+    step_seconds = interval.seconds / interval.steps
+    assert interval.routing is not None
     return {
         "step": done,
         "tokens": done * result.num_tokens,
@@ -131,7 +150,7 @@ def _metrics(trainer: Trainer, done: int, lr: float, result: StepResult, step_se
         "tokens_per_second": result.num_tokens / step_seconds,
         "step_seconds": step_seconds,
         **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
-        **result.routing.metrics(result.num_tokens),
+        **interval.routing.metrics(result.num_tokens * interval.steps),
         "dropped_fraction": 0.0,
         "memory_bytes": _memory_bytes(trainer.mesh.device),
         "world_size": trainer.mesh.world_size,
