@@ -1,0 +1,57 @@
+"""The Ray Serve deployment: one replica is one engine and its own HTTP ingress."""
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from moe_ray.checkpoint.inference import load_for_inference
+from moe_ray.config import ServeConfig
+from moe_ray.cpu import set_threads
+from moe_ray.serving.app import make_app
+from moe_ray.serving.autoscaling import make_autoscaling_config, max_ongoing_requests
+from moe_ray.serving.completions import CompletionService
+
+# A replica that is taken down first finishes its texts, unless they take longer than this.
+_GRACEFUL_SHUTDOWN_SECONDS = 120
+
+
+@serve.ingress()
+class LanguageModel:
+    """Loads a checkpoint and answers the routes of `serving.app` with it."""
+
+    def __init__(self, checkpoint: str, config: ServeConfig) -> None:
+        set_threads(config.cpus_per_replica)
+        device = "cuda" if config.gpus_per_replica else "cpu"
+        self._service = CompletionService(load_for_inference(checkpoint, config.dtype, device), config)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor."""
+        return make_app(self._service)
+
+    def check_health(self) -> None:
+        """Called by Serve, which replaces the replica if this raises."""
+        if not self._service.is_ready:
+            raise RuntimeError("the engine has stopped")
+
+    def __del__(self) -> None:
+        """Called by Serve when the replica shuts down."""
+        if hasattr(self, "_service"):
+            self._service.close()
+
+
+def make_application(checkpoint: str, config: ServeConfig) -> Application:
+    """The Serve application of a checkpoint.
+
+    Args:
+        checkpoint: absolute path that every node can read.
+    """
+    deploy = serve.deployment(
+        name="LanguageModel",
+        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        autoscaling_config=make_autoscaling_config(config),
+        max_ongoing_requests=max_ongoing_requests(config),
+        graceful_shutdown_timeout_s=_GRACEFUL_SHUTDOWN_SECONDS,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+    )
+    return deploy(LanguageModel).bind(checkpoint, config)

@@ -1,0 +1,65 @@
+"""One request on its way through the engine: tokens in, chunks of text out."""
+
+from moe_ray.serving.engine.detokenizer import Detokenizer, StopFilter
+from moe_ray.serving.engine.request import Chunk, FinishReason, Request, Tokenizer, TokenLogprob
+from moe_ray.serving.engine.sampler import Choice, make_generator
+from moe_ray.serving.engine.scheduler import Sequence
+
+
+class Generation:
+    """The state of a request that the scheduler, the sampler and the text output share.
+
+    Attributes:
+        sequence: its tokens, as the scheduler sees them.
+        generator: its source of random numbers.
+        finish_reason: set once nothing follows.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.sequence = Sequence(request.id, list(request.prompt_ids))
+        self.generator = make_generator(request.params)
+        self.finish_reason: FinishReason | None = None
+        self._eos_id = tokenizer.eos_id
+        self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
+        self._stop_filter = StopFilter(request.params.stop)
+        self._num_tokens = 0
+        self._decoded_length = 0
+        self._released_length = 0
+        self._logprobs: list[TokenLogprob] = []
+
+    def append(self, choice: Choice) -> Chunk | None:
+        """Take the next token; returns what became certain, or None if that is nothing."""
+        if choice.token_id is None:
+            self.finish_reason = "error"
+            return Chunk(self.request.id, "", (), "error", self._num_tokens)
+        self._num_tokens += 1
+        if choice.token_id == self._eos_id:
+            self.finish_reason = "stop"
+            return self._release(self._stop_filter.push(self._detokenizer.flush()))
+        self.sequence.tokens.append(choice.token_id)
+        if choice.logprob is not None:
+            logprob = choice.logprob
+            self._logprobs.append(TokenLogprob(choice.token_id, self._decoded_length, logprob.chosen, logprob.top))
+        text = self._detokenizer.push(choice.token_id)
+        at_limit = self._num_tokens == self.request.params.max_tokens
+        if at_limit:
+            text += self._detokenizer.flush()
+        self._decoded_length += len(text)
+        text = self._stop_filter.push(text)
+        if self._stop_filter.stopped:
+            self.finish_reason = "stop"
+        elif at_limit:
+            self.finish_reason = "length"
+        return self._release(text)
+
+    def _release(self, text: str) -> Chunk | None:
+        if self.finish_reason:
+            text += self._stop_filter.flush()
+        if not text and not self.finish_reason:
+            return None
+        self._released_length += len(text)
+        done = self.finish_reason is not None and not self._stop_filter.stopped
+        ready = [lp for lp in self._logprobs if done or lp.text_offset < self._released_length]
+        self._logprobs = self._logprobs[len(ready) :]
+        return Chunk(self.request.id, text, tuple(ready), self.finish_reason, self._num_tokens)

@@ -1,0 +1,172 @@
+"""Run an engine in a thread of its own and hand its chunks to asyncio."""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Self
+
+from moe_ray.errors import RequestError
+from moe_ray.serving.engine.engine import Engine
+from moe_ray.serving.engine.request import Chunk, Request
+
+_logger = logging.getLogger(__name__)
+
+
+class EngineThread:
+    """Accepts requests from event loops, at most `max_unfinished` at a time.
+
+    If the engine raises, every unfinished request ends with an error and `is_alive` turns false for good.
+    """
+
+    def __init__(self, engine: Engine, max_unfinished: int) -> None:
+        self._engine = engine
+        self._max_unfinished = max_unfinished
+        # Guards all below; held for microseconds, never while the model runs.
+        self._changed = threading.Condition()
+        self._commands: deque[Request | str] = deque()
+        self._streams: dict[str, Stream] = {}
+        self._accepting = True
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are accepted."""
+        return self._accepting and self._thread.is_alive()
+
+    def submit(self, requests: Sequence[Request]) -> "Stream":
+        """Queue all requests or none; called from a running event loop.
+
+        Raises:
+            RequestError: one cannot be served (400), or there is no room for all (503).
+        """
+        for request in requests:
+            self._engine.check(request)
+        stream = Stream(self, requests, asyncio.get_running_loop())
+        with self._changed:
+            if not self._accepting:
+                raise _unavailable("the engine has stopped.")
+            if len(self._streams) + len(requests) > self._max_unfinished:
+                raise _unavailable(f"{len(self._streams)} requests are running or waiting already.")
+            self._streams.update((request.id, stream) for request in requests)
+            self._commands.extend(requests)
+            self._changed.notify()
+        return stream
+
+    def cancel(self, request_ids: Sequence[str]) -> None:
+        """Drop requests; those that have ended are ignored."""
+        with self._changed:
+            self._commands.extend(request_ids)
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """End all requests with an error and wait for the thread; called from outside it."""
+        with self._changed:
+            self._accepting = False
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._carry_out_commands():
+                self._deliver(self._engine.step())
+        except Exception:
+            # The chunks of other requests would be lost or wrong: nothing can be saved but the process.
+            _logger.exception("the engine failed")
+        finally:
+            with self._changed:
+                self._accepting = False
+                streams = set(self._streams.values())
+                self._streams.clear()
+            for stream in streams:
+                stream.put_threadsafe([_unavailable("the engine has stopped.")])
+
+    def _carry_out_commands(self) -> bool:
+        """Wait for work; returns False to stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._commands or self._engine.has_work or not self._accepting)
+            commands = list(self._commands)
+            self._commands.clear()
+            for command in commands:
+                if isinstance(command, str):
+                    self._streams.pop(command, None)
+        for command in commands:
+            if isinstance(command, str):
+                self._engine.cancel(command)
+            else:
+                self._engine.submit(command)
+        return self._accepting
+
+    def _deliver(self, chunks: Sequence[Chunk]) -> None:
+        with self._changed:
+            by_stream: dict[Stream, list[Chunk | RequestError]] = {}
+            for chunk in chunks:
+                by_stream.setdefault(self._streams[chunk.request_id], []).append(chunk)
+                if chunk.finish_reason is not None:
+                    del self._streams[chunk.request_id]
+        for stream, items in by_stream.items():
+            stream.put_threadsafe(items)
+
+
+class Stream:
+    """The chunks of requests that were submitted together, as (index of the request, chunk).
+
+    Iteration ends after the last chunk of the last request. Leaving the context drops what has not ended.
+
+    Raises:
+        RequestError: on iteration, the engine stopped (503) or the model failed (500).
+    """
+
+    def __init__(self, thread: EngineThread, requests: Sequence[Request], loop: asyncio.AbstractEventLoop) -> None:
+        self._thread = thread
+        self._loop = loop
+        self._index = {request.id: index for index, request in enumerate(requests)}
+        self._unfinished = set(self._index)
+        self._queue: asyncio.Queue[Chunk | RequestError] = asyncio.Queue()
+
+    def put_threadsafe(self, items: Sequence[Chunk | RequestError]) -> None:
+        """Called by the engine thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._put, items)
+        except RuntimeError:
+            # The event loop is closed: nobody reads any more.
+            self.cancel()
+
+    def _put(self, items: Sequence[Chunk | RequestError]) -> None:
+        for item in items:
+            self._queue.put_nowait(item)
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Chunk]]:
+        while self._unfinished:
+            item = await self._queue.get()
+            if isinstance(item, RequestError):
+                raise item
+            if item.finish_reason == "error":
+                raise RequestError(
+                    "the model gave numbers that are not finite.",
+                    "serve another checkpoint, or serve.dtype=float32.",
+                    status=500,
+                )
+            if item.finish_reason is not None:
+                self._unfinished.discard(item.request_id)
+            yield self._index[item.request_id], item
+
+    def cancel(self) -> None:
+        """Drop the requests that have not ended."""
+        if self._unfinished:
+            self._thread.cancel(sorted(self._unfinished))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+def _unavailable(problem: str) -> RequestError:
+    return RequestError(problem, "try again later.", status=503, code="overloaded")
