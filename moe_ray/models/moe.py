@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moe_ray.config import ModelConfig
 from moe_ray.models.experts import GroupedExperts
-from moe_ray.models.permute import Permutation, group_by_expert, permute, unpermute
+from moe_ray.models.permute import Permutation, group_by_expert, pad_groups, permute, unpermute
 from moe_ray.models.router import Routing, TopKRouter
 
 
@@ -21,7 +21,7 @@ class Dispatched:
 
     Attributes:
         x_RD: rows grouped by local expert.
-        tokens_per_expert_e: rows of each local expert, int64.
+        tokens_per_expert_e: rows of each local expert, padding included, int64.
         plan: what `combine` of the same dispatcher needs to send the rows back.
     """
 
@@ -47,8 +47,10 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Group the tokens by expert."""
-        permutation = group_by_expert(routing.expert_ids_TK)
-        return Dispatched(permute(x_TD, permutation), routing.tokens_per_expert(), permutation)
+        permutation, tokens_per_expert_e = pad_groups(
+            group_by_expert(routing.expert_ids_TK), routing.tokens_per_expert(), x_TD
+        )
+        return Dispatched(permute(x_TD, permutation), tokens_per_expert_e, permutation)
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: Permutation) -> Tensor:
         """Undo the grouping and sum over each token's experts."""

@@ -3,7 +3,8 @@
 `embedding_bag` sums the K rows of a token while reading them, several times faster on a CPU than the
 `index_put`/`index_add` that autograd would use.
 
-Shapes: T tokens, K experts a token, N = T * K routed tokens, D model dim.
+Shapes: T tokens, K experts a token, N = T * K routed tokens (with padding, where groups are padded), D model dim,
+E experts.
 """
 
 from dataclasses import dataclass
@@ -13,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_GROUP_MULTIPLE = 16
+
 
 @dataclass(frozen=True)
 class Permutation:
     """The order in which N routed tokens are laid out, grouped by expert.
 
     Attributes:
-        order_N: flat (token, k) index of each row, int64.
+        order_N: flat (token, k) index of each row, int64; -1 in rows that only pad a group.
         inverse_TK: row of each (token, k) pair, int64.
     """
 
@@ -33,6 +36,28 @@ def group_by_expert(expert_ids_TK: Tensor) -> Permutation:
     inverse_N = torch.empty_like(order_N)
     inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
     return Permutation(order_N, inverse_N.view_as(expert_ids_TK))
+
+
+def pad_groups(permutation: Permutation, tokens_per_expert_E: Tensor, x_TD: Tensor) -> tuple[Permutation, Tensor]:
+    """Lengthen groups to a multiple of 16 rows where that pays, which is for bfloat16 on CPUs.
+
+    oneDNN compiles a kernel for each number of rows that it meets, which takes as long as using it, and keeps
+    1024 of them: counts that change with every batch would have it compile for ever.
+
+    Returns:
+        The permutation with padding, and the lengths of the groups. Rows that pad hold a copy of some token;
+        their outputs are ignored and they receive zero gradients.
+    """
+    num_rows, num_experts = permutation.order_N.numel(), tokens_per_expert_E.numel()
+    is_slow = x_TD.device.type == "cpu" and x_TD.dtype == torch.bfloat16
+    if not is_slow or num_rows < _GROUP_MULTIPLE * num_experts:
+        return permutation, tokens_per_expert_E
+    padding_E = -tokens_per_expert_E % _GROUP_MULTIPLE
+    shift_E = padding_E.cumsum(0) - padding_E
+    rows_N = torch.arange(num_rows) + shift_E.repeat_interleave(tokens_per_expert_E)
+    order_N = torch.full((num_rows + int(padding_E.sum()),), -1)
+    order_N[rows_N] = permutation.order_N
+    return Permutation(order_N, rows_N[permutation.inverse_TK]), tokens_per_expert_E + padding_E
 
 
 def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
@@ -55,7 +80,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
         ctx.save_for_backward(inverse_TK)
-        return x_TD.index_select(0, order_N // inverse_TK.shape[1])
+        return x_TD.index_select(0, order_N.clamp(min=0) // inverse_TK.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -70,9 +95,11 @@ class _Unpermute(torch.autograd.Function):
         return _sum_rows(y_ND, inverse_TK, weights_TK)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         y_ND, weights_TK, order_N, inverse_TK = ctx.saved_tensors
-        grad_ND = grads[0].index_select(0, order_N // inverse_TK.shape[1])
-        grad_weights_N = (grad_ND * y_ND).sum(dim=-1)
-        grad_ND *= weights_TK.flatten().index_select(0, order_N).unsqueeze(-1)
-        return grad_ND, grad_weights_N.index_select(0, inverse_TK.flatten()).view_as(weights_TK), None, None
+        pair_N = order_N.clamp(min=0)
+        grad_ND = grads[0].index_select(0, pair_N // inverse_TK.shape[1])
+        grad_weights_TK = (grad_ND * y_ND).sum(dim=-1)[inverse_TK] if ctx.needs_input_grad[1] else None
+        weights_N = weights_TK.flatten().index_select(0, pair_N).masked_fill_(order_N < 0, 0)
+        grad_ND *= weights_N.unsqueeze(-1)
+        return grad_ND, grad_weights_TK, None, None
