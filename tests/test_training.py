@@ -12,7 +12,7 @@ import pytest
 
 from moe_ray.checkpoint.catalog import list_checkpoints
 from moe_ray.checkpoint.manifest import read_manifest
-from moe_ray.config import Config, build_config
+from moe_ray.config import Config, build_config, load_config
 from moe_ray.data.prepare import prepare
 from moe_ray.errors import StorageError
 from moe_ray.parallel.mesh import build_mesh
@@ -171,3 +171,18 @@ def test_unfinished_last_line_of_the_metrics_is_dropped(make_config: Callable[..
     longer = make_config("train.steps=6")
     assert len(losses(run(longer))) == 6
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_without_the_load_balancing_loss_the_load_collapses(tmp_path: Path) -> None:
+    """On the corpus and with the model of the quickstart."""
+    settings = ["train.steps=140", "train.eval_every=140", "train.log_every=20", "train.micro_batch=16"]
+    settings += ["parallel.workers=1", "parallel.ep=1", f"train.storage={tmp_path}", f"data.path={tmp_path}/data"]
+    last = {}
+    for name, weight in (("on", 0.03), ("off", 0.0)):
+        overrides = [*settings, f"train.name={name}", f"model.load_balancing_loss_weight={weight}"]
+        last[name] = run(load_config("jobs/configs/quickstart.yaml", overrides))[-1]
+    assert last["on"]["load_cv"] < 0.3
+    assert last["on"]["load_variance"] < 0.1
+    assert last["off"]["load_cv"] > 1.0

@@ -22,7 +22,7 @@ def run_world(world_size: int, function: Callable[..., None], *arguments: Any) -
     world = start_world(world_size, function, *arguments)
     try:
         for process in world:
-            process.join(timeout=120)
+            process.join(timeout=600)
         assert [process.exitcode for process in world] == [0] * world_size
     finally:
         kill_world(world)
