@@ -1,0 +1,75 @@
+# All commands use .venv, which `make install` creates. PYTHON chooses the interpreter it is made from.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+CONFIG ?= jobs/configs/quickstart.yaml
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := moe_ray jobs serve_apps cluster benchmarks
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart stop test test-all lint check format bench clean constraints
+
+help:
+	@echo "make quickstart   install, train a small model, evaluate it, serve it and ask it for text"
+	@echo "make stop         end the local cluster with all that runs on it"
+	@echo "make test         the tests; make test-all adds those that take minutes"
+	@echo "make check        style, types, security lint and the fast tests; make format mends style"
+	@echo "make bench        the benchmarks, one table and one JSON file each"
+	@echo "make install      only create .venv; make clean removes it and all other build outputs"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than 3.11. Fix: make install PYTHON=python3.11" >&2; exit 2; }
+	@echo "installing into $(VENV): torch, Ray and the rest, 1.6 GB on disk"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/pip install --quiet uv || true
+	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" \
+		$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]' || \
+		{ echo "uv did not succeed; pip does the same, in minutes"; \
+		$(BIN)/pip install -c constraints.txt -e '.[dev]'; }
+	@touch $(STAMP)
+
+quickstart: install
+	@$(BIN)/python jobs/quickstart.py $(CONFIG) $(ARGS)
+
+stop: install
+	@$(BIN)/python -m cluster.local stop
+
+test: install
+	$(BIN)/pytest -m "not slow" $(ARGS)
+
+test-all: install
+	$(BIN)/pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check
+	$(BIN)/bandit -q -c pyproject.toml -r $(SOURCES)
+
+check: lint
+	$(BIN)/pytest -q -m "not cluster and not slow" $(ARGS)
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	@for benchmark in benchmarks/*.py; do echo "$$benchmark"; $(BIN)/python "$$benchmark"; done
+
+# The versions that `install` gets. Local parts such as +cpu are dropped: which build of torch fits, the machine tells.
+constraints: install
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(BIN)/uv pip compile --quiet --upgrade --no-header \
+		--no-annotate --no-emit-index-url --all-extras pyproject.toml | sed -E 's/\+[a-z0-9.]+$$//' > constraints.new
+	mv constraints.new constraints.txt
+
+# runs/ holds what was trained and stays.
+clean:
+	@if [ -x $(BIN)/python ] && [ -d runs/cluster ]; then $(BIN)/python -m cluster.local stop; fi
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis benchmarks/results
+	find $(SOURCES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

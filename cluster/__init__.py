@@ -1,0 +1,1 @@
+"""Clusters to run on: so far, one node on this machine."""

@@ -1,0 +1,235 @@
+"""Start, reuse or stop a Ray cluster of one node on this machine, reachable from this machine only.
+
+usage: python -m cluster.local start|stop|status [--dir DIR] [--num-cpus N]
+
+DIR (default runs/cluster) holds what belongs to the cluster: `env`, to be sourced by a shell that uses it, the
+access token and the head's log. Each DIR has a cluster of its own, on ports of its own; `stop` ends all processes
+of that cluster and touches no other.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import stat
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster.head import LOOPBACK_ONLY, Head, authentication, await_ready, fetch, is_ready, launch
+from cluster.processes import end_marked, find_marked, started_at
+from jobs.cli import exit_on_error
+from moe_ray.errors import MoeRayError
+
+DEFAULT_DIR = Path("runs/cluster")
+# Ray's sockets lie below and their paths are limited to some 100 bytes, which TMPDIR may exceed.
+_TEMP_ROOT = Path("/tmp")  # nosec B108
+_START_SECONDS = 180.0
+_ANSWER_SECONDS = 60.0
+_GRACE_SECONDS, _KILL_SECONDS = 8.0, 20.0
+
+
+class ClusterError(MoeRayError):
+    """The local cluster cannot be started, reached or stopped."""
+
+
+class LocalCluster:
+    """The cluster that belongs to a folder, running or not.
+
+    Attributes:
+        env_file: shell lines that point Ray's command line tools to the running cluster.
+        token_file: its access token, readable by its owner only.
+        log_file: what `ray start` says.
+    """
+
+    def __init__(self, folder: Path = DEFAULT_DIR) -> None:
+        self._folder = folder.resolve()
+        self.env_file = self._folder / "env"
+        self.token_file = self._folder / "token"
+        self.log_file = self._folder / "head.log"
+        self._state_file = self._folder / "state.json"
+        digest = hashlib.sha256(str(self._folder).encode()).hexdigest()[:8]
+        self._temp_dir = _TEMP_ROOT / f"moe_ray-{os.getuid()}" / digest
+
+    def head(self) -> Head | None:
+        """The head if its process is alive."""
+        try:
+            head = Head(**json.loads(self._state_file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+        started = started_at(head.pid)
+        return head if started is not None and abs(started - head.started) < 1 else None
+
+    def is_ready(self) -> bool:
+        """Whether the cluster runs and answers."""
+        head = self.head()
+        return head is not None and is_ready(head, self._token())
+
+    def start(self, num_cpus: int | None = None) -> Head:
+        """Start the cluster, or return it if it runs and answers.
+
+        Args:
+            num_cpus: CPUs that Ray may grant, at least; can be more than there are. Default at least 4.
+
+        Raises:
+            ClusterError: it does not start, or it runs with fewer CPUs.
+        """
+        self._make_folders()
+        with self._exclusive():
+            head = self.head()
+            # A busy machine answers late; what it runs must not be ended for that.
+            if head is not None and await_ready(head, self._token(), _ANSWER_SECONDS):
+                if head.num_cpus < (num_cpus or 0):
+                    raise ClusterError(
+                        f"the running cluster has {head.num_cpus} CPUs, {num_cpus} are needed.",
+                        f"stop it first: {self.stop_command()}.",
+                    )
+                return head
+            num_cpus = num_cpus or max(os.cpu_count() or 1, 4)
+            try:
+                return self._start_anew(num_cpus)
+            except ClusterError:
+                # Most likely another program took one of the ports meanwhile.
+                return self._start_anew(num_cpus)
+
+    def stop(self) -> bool:
+        """End every process of the cluster and remove its temporary files; returns whether anything ran.
+
+        Raises:
+            ClusterError: a process survived.
+        """
+        if not self._folder.is_dir() and not self._temp_dir.is_dir():
+            return False
+        self._make_folders()
+        with self._exclusive():
+            return self._end()
+
+    def environment(self, head: Head) -> dict[str, str]:
+        """Variables for a client of the cluster, to be set before it imports ray."""
+        return {
+            "RAY_ADDRESS": head.gcs_address,
+            "RAY_API_SERVER_ADDRESS": head.dashboard_url,
+            "RAY_DASHBOARD_ADDRESS": head.dashboard_url,
+            **authentication(self.token_file),
+            **LOOPBACK_ONLY,
+        }
+
+    def get(self, head: Head, path: str) -> Any:
+        """JSON that the dashboard's REST interface answers.
+
+        Raises:
+            ClusterError: it does not answer.
+        """
+        try:
+            return json.loads(fetch(head.dashboard_url + path, self._token()))
+        except (OSError, ValueError) as error:
+            raise ClusterError(
+                f"the cluster does not answer at {head.dashboard_url}{path}: {error}.",
+                f"see {self.log_file}; {self.stop_command()} ends what is left of it.",
+            ) from None
+
+    def stop_command(self) -> str:
+        """What a user types to stop this cluster."""
+        if self._folder == DEFAULT_DIR.resolve():
+            return "make stop"
+        return f"python -m cluster.local stop --dir {shlex.quote(str(self._folder))}"
+
+    def _make_folders(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        root = self._temp_dir.parent
+        root.mkdir(mode=0o700, exist_ok=True)
+        info = root.lstat()
+        if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+            raise ClusterError(f"{str(root)!r} is not a folder of yours alone.", "remove it and try again.")
+
+    @contextmanager
+    def _exclusive(self) -> Generator[None]:
+        with (self._folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _start_anew(self, num_cpus: int) -> Head:
+        self._end()
+        try:
+            return self._start(num_cpus)
+        except BaseException:
+            self._end()
+            raise
+
+    def _start(self, num_cpus: int) -> Head:
+        self._temp_dir.mkdir(mode=0o700)
+        with os.fdopen(os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+        head = launch(self._temp_dir, self.token_file, self.log_file, num_cpus)
+        self._state_file.write_text(json.dumps(asdict(head), indent=1), encoding="utf-8")
+        if not await_ready(head, self._token(), _START_SECONDS):
+            log = self.log_file.read_text(encoding="utf-8", errors="replace")
+            reason = _reason(log) if self.head() is None else f"no answer for {_START_SECONDS:.0f} s"
+            raise ClusterError(f"Ray did not start: {reason}.", f"see {self.log_file}.")
+        lines = [f"export {name}={shlex.quote(value)}\n" for name, value in self.environment(head).items()]
+        self.env_file.write_text("".join(lines), encoding="utf-8")
+        return head
+
+    def _end(self) -> bool:
+        head, marker = self.head(), str(self._temp_dir)
+        ran = bool(find_marked(marker))
+        survivors = end_marked(marker, head.pid if head else None, _GRACE_SECONDS, _KILL_SECONDS)
+        if survivors:
+            raise ClusterError(
+                f"{len(survivors)} processes could not be ended: {[process.pid for process in survivors]}.",
+                "end them by hand, then stop again.",
+            )
+        shutil.rmtree(self._temp_dir, ignore_errors=True)
+        for path in (self._state_file, self.env_file, self.token_file):
+            path.unlink(missing_ok=True)
+        return ran
+
+    def _token(self) -> str:
+        return self.token_file.read_text(encoding="utf-8") if self.token_file.exists() else ""
+
+
+def _reason(log: str) -> str:
+    """What the log of `ray start` gives as the cause: the line after its complaint, else its last one."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", log).strip().splitlines() or ["it said nothing"]
+    marks = [number for number, line in enumerate(lines[:-1]) if line.endswith("exited unexpectedly:")]
+    return (lines[marks[0] + 1] if marks else lines[-1]).rpartition(" -- ")[2]
+
+
+def main(command: str, cluster: LocalCluster, num_cpus: int | None) -> None:
+    """Run one of the commands and print what came of it."""
+    if command == "stop":
+        print("stopped" if cluster.stop() else "nothing was running")
+        return
+    if command == "start":
+        cluster.start(num_cpus)
+    head = cluster.head()
+    if head is None or not cluster.is_ready():
+        print("not running")
+        sys.exit(1)
+    print(f"dashboard  {head.dashboard_url} (it asks for the token in {cluster.token_file})")
+    print(f"metrics    {head.metrics_url}")
+    print(f"CPUs       {head.num_cpus} to be granted")
+    print(f"to use it  source {cluster.env_file}")
+    print(f"to stop    {cluster.stop_command()}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.local", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["start", "stop", "status"])
+    parser.add_argument("--dir", type=Path, default=DEFAULT_DIR)
+    parser.add_argument("--num-cpus", type=int)
+    options = parser.parse_args()
+    # So that an interrupted start cleans up after itself.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    exit_on_error(lambda: main(options.command, LocalCluster(options.dir), options.num_cpus))
