@@ -10,12 +10,12 @@ SOURCES := moe_ray jobs serve_apps cluster benchmarks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart stop test test-all lint check format bench clean constraints
+.PHONY: help install quickstart stop test test-slow lint check format bench clean constraints
 
 help:
 	@echo "make quickstart   install, train a small model, evaluate it, serve it and ask it for text"
 	@echo "make stop         end the local cluster with all that runs on it"
-	@echo "make test         the tests; make test-all adds those that take minutes"
+	@echo "make test         the tests; make test-slow those that take minutes"
 	@echo "make check        style, types, security lint and the fast tests; make format mends style"
 	@echo "make bench        the benchmarks, one table and one JSON file each"
 	@echo "make install      only create .venv; make clean removes it and all other build outputs"
@@ -27,9 +27,10 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "error: $(PYTHON) is older than 3.11. Fix: make install PYTHON=python3.11" >&2; exit 2; }
 	@echo "installing into $(VENV): torch, Ray and the rest, 1.6 GB on disk"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+# Compiled once: Ray starts some twenty Python processes, and where none may write bytecode each compiles anew.
 	@test -x $(BIN)/uv || $(BIN)/pip install --quiet uv || true
 	@UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" \
-		$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt -e '.[dev]' || \
+		$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]' || \
 		{ echo "uv did not succeed; pip does the same, in minutes"; \
 		$(BIN)/pip install -c constraints.txt -e '.[dev]'; }
 	@touch $(STAMP)
@@ -43,8 +44,8 @@ stop: install
 test: install
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
-test-all: install
-	$(BIN)/pytest $(ARGS)
+test-slow: install
+	$(BIN)/pytest -m slow $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -90,7 +90,7 @@ def launch(temp_dir: Path, token_file: Path, log_file: Path, num_cpus: int) -> H
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
-    with log_file.open("wb") as log:
+    with log_file.open("ab") as log:
         process = subprocess.Popen(
             [str(bin_dir / "ray"), "start", "--head", "--block", "--disable-usage-stats", *flags],
             env=environment,

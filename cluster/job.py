@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,9 +58,10 @@ def await_job(cluster: LocalCluster, head: Head, job_id: str, log_file: Path, po
         time.sleep(_POLL_SECONDS)
     log = cluster.get(head, f"/api/jobs/{job_id}/logs")["logs"]
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    log_file.write_text(log, encoding="utf-8")
+    log_file.write_text(f"{log.rstrip()}\n{job['message'] or ''}\n", encoding="utf-8")
     if job["status"] != "SUCCEEDED":
-        # The job's own error if it printed one, else what Ray says.
+        # The job's own error if it printed one, else what Ray says, which can be pages.
         errors = [line.removeprefix("error: ") for line in log.splitlines() if line.startswith("error: ")]
-        problem, _, fix = (errors or [" ".join(str(job["message"]).split())])[-1].partition(" Fix: ")
-        raise JobError(f"job {job_id} has {job['status']}: {problem}", f"{fix} Its log is {log_file}.".lstrip())
+        reason = errors[-1] if errors else textwrap.shorten(str(job["message"]), 300, placeholder=" …")
+        problem, _, fix = reason.partition(" Fix: ")
+        raise JobError(f"job {job_id} has {job['status']}: {problem}", f"{fix} See its log, {log_file}.".lstrip())

@@ -94,6 +94,7 @@ class LocalCluster:
                         f"stop it first: {self.stop_command()}.",
                     )
                 return head
+            self.log_file.unlink(missing_ok=True)
             num_cpus = num_cpus or max(os.cpu_count() or 1, 4)
             try:
                 return self._start_anew(num_cpus)
@@ -201,7 +202,7 @@ def _reason(log: str) -> str:
     """What the log of `ray start` gives as the cause: the line after its complaint, else its last one."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", log).strip().splitlines() or ["it said nothing"]
     marks = [number for number, line in enumerate(lines[:-1]) if line.endswith("exited unexpectedly:")]
-    return (lines[marks[0] + 1] if marks else lines[-1]).rpartition(" -- ")[2]
+    return (lines[marks[-1] + 1] if marks else lines[-1]).rpartition(" -- ")[2]
 
 
 def main(command: str, cluster: LocalCluster, num_cpus: int | None) -> None:
