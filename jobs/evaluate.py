@@ -1,37 +1,72 @@
 """Print the held-out perplexity of a checkpoint, or of the newest good one of a run.
 
-usage: python jobs/evaluate.py RUN_OR_CHECKPOINT [section.field=value ...]
+usage: python jobs/evaluate.py RUN_OR_CHECKPOINT [data.sources=... | data.path=...] [data.FIELD=value ...]
 
-The settings are those of the run; `data.sources` or `data.path` may be overridden to evaluate on other text.
+Without overrides, on the validation split of the run. With `data.sources`, on that of other text, cut into the
+model's own tokens; with `data.path` alone, on data that was prepared with them.
 """
 
 import json
 import sys
+from pathlib import Path
 
 from jobs.cli import exit_on_error
-from moe_ray.checkpoint.inference import load_for_inference
+from moe_ray.checkpoint.inference import InferenceModel, load_for_inference
 from moe_ray.checkpoint.save import TOKENIZER
-from moe_ray.config import build_config
+from moe_ray.config import Config, build_config
 from moe_ray.data.prepare import prepare
+from moe_ray.data.shards import read_index
+from moe_ray.data.tokenizer import load_tokenizer
+from moe_ray.errors import ConfigError, DataError
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.training.held_out import evaluate_checkpoint
+
+_ALLOWED = ("data.sources", "data.path", "data.text_field", "data.validation_fraction")
 
 
 def main(run_or_checkpoint: str, overrides: list[str]) -> None:
     """Evaluate, print a few lines and, last, all numbers as one JSON object."""
+    given = {override.partition("=")[0].strip() for override in overrides}
+    for key in sorted(given - set(_ALLOWED)):
+        raise ConfigError(f"{key!r} cannot be set to evaluate.", f"use {', '.join(_ALLOWED)}.")
     checkpoint = load_for_inference(run_or_checkpoint)
-    config = build_config(checkpoint.config.model_dump(mode="json"), overrides)
-    if config.data.sources != checkpoint.config.data.sources:
-        # Other text must be cut into the tokens that the model knows.
-        tokenizer = f"data.tokenizer={checkpoint.path / TOKENIZER}"
-        config = build_config(config.model_dump(mode="json"), [tokenizer])
-    setup_logging(config.telemetry.log_level)
-    result = evaluate_checkpoint(checkpoint, prepare(config))
+    setup_logging(checkpoint.config.telemetry.log_level)
+    config = _data_settings(checkpoint, overrides, given)
+    data_dir = prepare(config)
+    _check_data(checkpoint, data_dir, other_text=bool(given))
+    result = evaluate_checkpoint(checkpoint, data_dir)
     print(f"checkpoint {checkpoint.path}, step {result['step']}, {result['tokens']:,} held-out tokens")
     print(f"perplexity {result['val_perplexity']:.1f}, unigram model {result['unigram_perplexity']:.1f}")
     for domain, perplexity in result["val_perplexity_by_domain"].items():
         print(f"  {domain:<16} {perplexity:.1f}")
     print(json.dumps(result))
+
+
+def _data_settings(checkpoint: InferenceModel, overrides: list[str], given: set[str]) -> Config:
+    """Settings that never make the run's own prepared data anew."""
+    tree = checkpoint.config.model_dump(mode="json")
+    if "data.sources" in given:
+        # Other text must be cut into the tokens that the model knows.
+        tree["data"] |= {"path": None, "tokenizer": str(checkpoint.path / TOKENIZER)}
+    elif "data.path" in given or tree["data"]["path"] is not None:
+        tree["data"]["sources"] = []
+        if "data.path" in given:
+            tree["data"]["path"] = "given"
+    return build_config(tree, overrides)
+
+
+def _check_data(checkpoint: InferenceModel, data_dir: Path, *, other_text: bool) -> None:
+    if other_text:
+        if load_tokenizer(data_dir / TOKENIZER).digest != checkpoint.tokenizer.digest:
+            raise DataError(
+                f"the data in {str(data_dir)!r} was prepared with another tokenizer.",
+                f"prepare it with data.tokenizer={checkpoint.path / TOKENIZER}.",
+            )
+    elif read_index(data_dir).digest != checkpoint.data_digest:
+        raise DataError(
+            f"the data in {str(data_dir)!r} is not what the run was trained on; its sources have changed.",
+            "restore them, or evaluate on other text with data.sources.",
+        )
 
 
 if __name__ == "__main__":

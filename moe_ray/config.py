@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
@@ -12,7 +13,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -22,6 +22,10 @@ from moe_ray.errors import ConfigError
 
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+# Bounds far above any use, so that a slip of the hand is an error and not an endless loop or all of the memory.
+PositiveInt = Annotated[int, Field(gt=0, le=2**40)]
+Count = Annotated[int, Field(gt=0, le=65_536)]
+Width = Annotated[int, Field(gt=0, le=2**20)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
 
@@ -35,19 +39,19 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Architecture of a decoder-only transformer in which some feed-forward layers are Mixture-of-Experts."""
 
-    vocab_size: PositiveInt = Field(4096, description="rows of the embedding; a trained tokenizer has as many ids")
-    dim: PositiveInt = Field(256, description="width of the residual stream (D)")
-    num_layers: PositiveInt = Field(4, description="transformer blocks")
-    num_heads: PositiveInt = Field(4, description="query heads (H)")
-    num_kv_heads: PositiveInt = Field(2, description="key/value heads, shared by groups of query heads")
-    num_experts: PositiveInt = Field(8, description="experts of each MoE layer (E)")
+    vocab_size: Width = Field(4096, description="rows of the embedding; a trained tokenizer has as many ids")
+    dim: Width = Field(256, description="width of the residual stream (D)")
+    num_layers: Count = Field(4, description="transformer blocks")
+    num_heads: Count = Field(4, description="query heads (H)")
+    num_kv_heads: Count = Field(2, description="key/value heads, shared by groups of query heads")
+    num_experts: Count = Field(8, description="experts of each MoE layer (E)")
     top_k: Annotated[int, Field(ge=1, le=8)] = Field(2, description="experts that each token is routed to (K)")
-    expert_dim: PositiveInt = Field(256, description="hidden width of one expert (F)")
+    expert_dim: Width = Field(256, description="hidden width of one expert (F)")
     route_norm: bool = Field(True, description="rescale the top-k routing weights to sum to 1")
     num_dense_layers: NonNegativeInt = Field(0, description="first blocks that keep a dense feed-forward")
-    moe_every: PositiveInt = Field(1, description="after the dense layers, every n-th block is MoE")
-    dense_dim: PositiveInt = Field(512, description="hidden width of a dense feed-forward")
-    max_sequence_length: PositiveInt = Field(512, description="longest context in tokens (S)")
+    moe_every: Count = Field(1, description="after the dense layers, every n-th block is MoE")
+    dense_dim: Width = Field(512, description="hidden width of a dense feed-forward")
+    max_sequence_length: Width = Field(512, description="longest context in tokens (S)")
     rope_theta: PositiveFloat = Field(10_000.0, description="base of the rotary position frequencies")
     norm_eps: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
     tie_embeddings: bool = Field(True, description="use the embedding matrix as the output head")
@@ -92,9 +96,9 @@ class ModelConfig(Section):
         return self.dim // self.num_heads
 
     @property
-    def moe_layers(self) -> tuple[int, ...]:
+    def moe_layers(self) -> range:
         """Indices of the blocks whose feed-forward is Mixture-of-Experts."""
-        return tuple(range(self.num_dense_layers + self.moe_every - 1, self.num_layers, self.moe_every))
+        return range(self.num_dense_layers + self.moe_every - 1, self.num_layers, self.moe_every)
 
     def num_params(self) -> int:
         """Parameters of the whole model; tied embeddings count once."""
@@ -155,8 +159,8 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     """How many workers train and how the experts are spread over them."""
 
-    workers: PositiveInt = Field(1, description="Ray Train workers (the world size)")
-    ep: PositiveInt = Field(1, description="expert parallelism: ranks that share one set of experts")
+    workers: Count = Field(1, description="Ray Train workers (the world size)")
+    ep: Count = Field(1, description="expert parallelism: ranks that share one set of experts")
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs granted to a worker, also its thread count")
     use_gpu: bool = Field(False, description="one GPU a worker, NCCL instead of gloo")
     timeout_seconds: PositiveInt = Field(300, description="a collective that takes longer counts as a failure")
@@ -192,13 +196,13 @@ class TrainConfig(Section):
     )
     storage: str = Field("~/moe_ray", description="folder of all runs, reachable from every node")
     steps: PositiveInt = Field(1000, description="optimizer steps")
-    global_batch: PositiveInt = Field(16, description="sequences of one optimizer step, over all workers")
-    micro_batch: PositiveInt = Field(8, description="most sequences of one forward pass of a worker")
+    global_batch: Width = Field(16, description="sequences of one optimizer step, over all workers")
+    micro_batch: Width = Field(8, description="most sequences of one forward pass of a worker")
     dtype: Dtype = Field("float32", description="compute type; parameters and optimizer stay in float32")
     seed: NonNegativeInt = Field(0, description="seed of initialisation and data order")
     log_every: PositiveInt = Field(10, description="steps between logged metrics")
     eval_every: PositiveInt = Field(200, description="steps between evaluations")
-    eval_batches: PositiveInt = Field(8, description="global batches of one evaluation")
+    eval_batches: Width = Field(8, description="global batches of one evaluation")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -206,6 +210,11 @@ class TrainConfig(Section):
             raise ConfigError(
                 f"train.storage={self.storage!r} is a URL; runs are stored in a folder.",
                 "give a path that every node can reach, such as /mnt/shared/moe_ray.",
+            )
+        expanded = os.path.expanduser(self.storage)
+        if not self.storage or "\0" in self.storage or expanded.startswith("~"):
+            raise ConfigError(
+                f"train.storage={self.storage!r} is no path of a folder.", "give a path such as ~/moe_ray."
             )
         return self
 
@@ -238,7 +247,7 @@ class ServeConfig(Section):
         0.5, description="CPUs reserved by a replica; its threads are at least 1"
     )
     gpus_per_replica: NonNegativeFloat = Field(0.0, description="GPUs reserved by a replica")
-    max_batch_size: PositiveInt = Field(16, description="requests that one replica decodes together")
+    max_batch_size: Width = Field(16, description="requests that one replica decodes together")
     max_queued_requests: NonNegativeInt = Field(
         64, description="requests that wait in a replica before it answers 503"
     )
@@ -307,7 +316,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config file {str(path)!r} does not exist.", "give the path of a YAML file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(
             f"config file {str(path)!r} cannot be read: {_one_line(error)}.", "give a valid YAML file."
         ) from None
@@ -342,7 +351,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         )
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (ValueError, RecursionError, yaml.YAMLError):
         raise ConfigError(f"override {override!r} holds no YAML value.", "quote the value.") from None
     # YAML 1.1 reads 3e-4 as text because it has no dot; people mean the number.
     if isinstance(value, str):

@@ -39,6 +39,10 @@ from moe_ray.errors import ConfigError
         ("train.steps", "'train.steps' is not section.field=value"),
         ("train=5", "'train=5' is not section.field=value"),
         ("train.name=[", "holds no YAML value"),
+        ("train.name=2026-13-45", "holds no YAML value"),
+        ("train.storage=~nobody-of-this-name/x", "train.storage='~nobody-of-this-name/x' is no path"),
+        ("model.num_layers=1000000000", "model.num_layers=1000000000 .*65536"),
+        ("parallel.workers=1000000007", "parallel.workers=1000000007 .*65536"),
     ],
 )
 def test_user_mistakes_are_explained_in_one_line(override: str, message: str) -> None:

@@ -14,7 +14,7 @@ from moe_ray.checkpoint.catalog import list_checkpoints
 from moe_ray.checkpoint.manifest import read_manifest
 from moe_ray.config import Config, build_config, load_config
 from moe_ray.data.prepare import prepare
-from moe_ray.errors import StorageError
+from moe_ray.errors import ConfigError, StorageError, TrainingError
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.telemetry.run_log import read_metrics
 from moe_ray.training.loop import train
@@ -171,6 +171,56 @@ def test_unfinished_last_line_of_the_metrics_is_dropped(make_config: Callable[..
     longer = make_config("train.steps=6")
     assert len(losses(run(longer))) == 6
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_damaged_metrics_do_not_stop_a_run(make_config: Callable[..., Config]) -> None:
+    config = make_config("train.steps=4")
+    run(config)
+    path = config.train.run_dir / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + b"xx\n\x00\xff\n[1]\n{}\n")
+    assert len(losses(run(make_config("train.steps=6")))) == 6
+
+
+def test_damaged_checkpoints_do_not_push_out_good_ones(make_config: Callable[..., Config]) -> None:
+    config = make_config("checkpoint.keep_last=3")
+    undisturbed = losses(run(config))
+    for checkpoint in list_checkpoints(config.train.run_dir)[1:]:
+        flip_a_byte(checkpoint / "model-dense.safetensors")
+    config = make_config("checkpoint.keep_last=1")
+    run_and_kill(config, lambda: len(read_metrics(config.train.run_dir)) == 9)
+    assert [read_manifest(path).step for path in list_checkpoints(config.train.run_dir)] == [8]
+    assert losses(run(config)) == pytest.approx(undisturbed, rel=1e-6)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(make_config: Callable[..., Config]) -> None:
+    config = make_config("optim.lr=1e6", "optim.clip_norm=1e9", "checkpoint.every=1", "checkpoint.keep_last=1")
+    data_dir = prepare(config)
+    config.train.run_dir.mkdir()
+    with pytest.raises(TrainingError, match=r"step \d+: the loss is .* not applied"):
+        train(config, build_mesh(1), data_dir, lambda metrics: None)
+    (checkpoint,) = list_checkpoints(config.train.run_dir)
+    assert read_manifest(checkpoint).step == len(read_metrics(config.train.run_dir))
+
+
+def test_a_second_job_on_the_same_run_is_refused(make_config: Callable[..., Config]) -> None:
+    config = make_config("train.steps=100000")
+    data_dir = prepare(config)
+    config.train.run_dir.mkdir()
+    world = start_world(1, rank_main, config, data_dir)
+    try:
+        while not read_metrics(config.train.run_dir):
+            assert world[0].is_alive()
+            time.sleep(0.001)
+        with pytest.raises(ConfigError, match="is being trained by another job"):
+            train(config, build_mesh(1), data_dir, lambda metrics: None)
+    finally:
+        kill_world(world)
 
 
 @pytest.mark.slow

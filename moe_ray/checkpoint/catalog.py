@@ -1,6 +1,7 @@
 """The checkpoints of a run: names, order, the newest good one, retention."""
 
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -45,6 +46,8 @@ def newest_good(run_dir: Path, kinds: frozenset[str] | None = None) -> tuple[Pat
     for checkpoint in reversed(checkpoints):
         try:
             manifest = read_manifest(checkpoint)
+            if checkpoint != checkpoint_path(run_dir, manifest.step):
+                raise CheckpointError(f"{str(checkpoint)!r} holds step {manifest.step}.", "rename it.")
             verify(checkpoint, manifest, kinds)
         except CheckpointError as error:
             _logger.warning("skipping a checkpoint: %s", error.problem)
@@ -66,7 +69,7 @@ def resolve_checkpoint(
     Raises:
         CheckpointError: there is none, or the given one is damaged.
     """
-    path = Path(run_or_checkpoint).expanduser().resolve()
+    path = Path(os.path.expanduser(run_or_checkpoint)).resolve()
     if (path / MANIFEST).exists():
         manifest = read_manifest(path)
         verify(path, manifest, kinds)
@@ -85,6 +88,15 @@ def discard_unfinished(run_dir: Path) -> None:
     """Remove what a killed writer left behind. Only the one writer of the run may call this."""
     for leftover in checkpoints_dir(run_dir).glob(f"{_STAGING_PREFIX}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def set_aside_later(run_dir: Path, step: int) -> None:
+    """Rename checkpoints that were passed over, so that they neither count as newest nor push out good ones."""
+    for checkpoint in list_checkpoints(run_dir):
+        if checkpoint.name > checkpoint_path(run_dir, step).name:
+            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
 
 
 def keep_newest(run_dir: Path, keep_last: int) -> None:

@@ -23,6 +23,7 @@ class InferenceModel:
         tokenizer: the one it was trained with.
         config: the settings of its run.
         step: optimizer steps it was trained for.
+        data_digest: identity of the tokens it was trained on.
         path: the checkpoint directory.
     """
 
@@ -30,6 +31,7 @@ class InferenceModel:
     tokenizer: Tokenizer
     config: Config
     step: int
+    data_digest: str
     path: Path
 
     @property
@@ -59,4 +61,6 @@ def load_for_inference(
     materialize(model, device)
     load_model(path, manifest, model)
     model.requires_grad_(False)
-    return InferenceModel(model.eval(), load_tokenizer(path / TOKENIZER), config, manifest.step, path)
+    return InferenceModel(
+        model.eval(), load_tokenizer(path / TOKENIZER), config, manifest.step, manifest.data_digest, path
+    )

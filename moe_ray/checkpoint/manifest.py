@@ -99,6 +99,8 @@ def read_manifest(checkpoint: Path) -> Manifest:
             f"{str(checkpoint)!r} is no checkpoint: it has no {MANIFEST}.",
             "give a run folder or one of its checkpoints/step-* folders.",
         ) from None
+    except OSError as error:
+        raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}.", "mend the storage.") from None
     except ValidationError as error:
         where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "content"
         raise CheckpointError(
@@ -124,13 +126,22 @@ def verify(checkpoint: Path, manifest: Manifest, kinds: frozenset[str] | None = 
     for entry in manifest.files:
         if kinds is not None and entry.kind not in kinds:
             continue
-        path = checkpoint / entry.name
+        problem = _damage(checkpoint / entry.name, entry)
+        if problem is not None:
+            raise CheckpointError(
+                f"checkpoint file {str(checkpoint / entry.name)!r} {problem}.",
+                "use another checkpoint of the run.",
+            )
+
+
+def _damage(path: Path, entry: FileEntry) -> str | None:
+    try:
         if not path.is_file():
-            problem = f"checkpoint file {str(path)!r} is missing."
-        elif path.stat().st_size != entry.size:
-            problem = f"checkpoint file {str(path)!r} has {path.stat().st_size} bytes instead of {entry.size}."
-        elif sha256_of(path) != entry.sha256:
-            problem = f"checkpoint file {str(path)!r} is damaged: its checksum differs from the manifest."
-        else:
-            continue
-        raise CheckpointError(problem, "use another checkpoint of the run.")
+            return "is missing"
+        if path.stat().st_size != entry.size:
+            return f"has {path.stat().st_size} bytes instead of {entry.size}"
+        if sha256_of(path) != entry.sha256:
+            return "is damaged: its checksum differs from the manifest"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None

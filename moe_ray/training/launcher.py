@@ -13,19 +13,18 @@ from ray.train import LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from moe_ray.checkpoint.catalog import newest_good
-from moe_ray.config import Config, ParallelConfig, build_config, load_config, to_yaml
+from moe_ray.config import Config, ParallelConfig, build_config, to_yaml
 from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.data.prepare import prepare
-from moe_ray.errors import ConfigError, MoeRayError, TrainingError
+from moe_ray.data.shards import read_index
+from moe_ray.errors import ConfigError, MoeRayError, StorageError, TrainingError
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.progress import show_progress
 from moe_ray.training.loop import train
+from moe_ray.training.resume import check_data, check_settings
 
 _logger = logging.getLogger(__name__)
-_CONFIG = "config.yaml"
-# Changing one of these in mid-run would give a curve that no single run has.
-_FIXED = ("model", "data.sequence_length", "data.sources", "train.seed", "train.global_batch")
 
 
 def run_training(config: Config) -> Path:
@@ -37,16 +36,18 @@ def run_training(config: Config) -> Path:
     Raises:
         MoeRayError: whatever the user can mend, raised before any worker starts where that is possible.
     """
+    config = _with_absolute_storage(config)
     run_dir = config.train.run_dir
-    _check_storage(config)
-    _check_resumable(config)
-    data_dir = prepare(config)
-    run_dir.mkdir(parents=True, exist_ok=True)
     found = newest_good(run_dir)
-    if found and found[1].step >= config.train.steps:
-        _logger.info("run %s already has %d steps; nothing to do", run_dir, found[1].step)
-        return run_dir
-    (run_dir / _CONFIG).write_text(to_yaml(config), encoding="utf-8")
+    if found:
+        check_settings(found[1], config)
+    data_dir = prepare(config)
+    if found:
+        check_data(found[1], read_index(data_dir))
+        if found[1].step >= config.train.steps:
+            _logger.info("run %s already has %d steps; nothing to do", run_dir, found[1].step)
+            return run_dir
+    _write_config(config)
     # The controller takes one report an interval; its default of 2 s would hold back short steps.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
     connect(config.parallel)
@@ -112,32 +113,31 @@ def _report(metrics: dict[str, Any]) -> None:
     ray.train.report({name: value for name, value in metrics.items() if isinstance(value, int | float)})
 
 
-def _check_storage(config: Config) -> None:
+def _with_absolute_storage(config: Config) -> Config:
+    """The same settings for every process, whatever its working directory."""
     storage = Path(config.train.storage).expanduser()
-    if not storage.is_absolute() and os.environ.get(
-        "RAY_JOB_ID_ENV_VAR", os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
-    ):
+    if not storage.is_absolute() and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         raise ConfigError(
             f"train.storage={config.train.storage!r} is relative, and a job's working directory does not last.",
             "give an absolute path, such as ~/moe_ray or /mnt/shared/moe_ray.",
         )
+    tree = config.model_dump(mode="json")
+    tree["train"]["storage"] = str(storage.resolve())
+    return build_config(tree)
 
 
-def _check_resumable(config: Config) -> None:
-    path = config.train.run_dir / _CONFIG
-    if not path.exists():
-        return
-    before, now = load_config(path).model_dump(), config.model_dump()
-    for key in _FIXED:
-        section, _, field = key.partition(".")
-        fields = [field] if field else list(now[section])
-        for name in fields:
-            if before[section][name] != now[section][name]:
-                raise ConfigError(
-                    f"{section}.{name}={now[section][name]!r} differs from the run in {str(path.parent)!r}, "
-                    f"which has {before[section][name]!r}.",
-                    "keep the value to resume the run, or set another train.name to start a new one.",
-                )
+def _write_config(config: Config) -> None:
+    path = config.train.run_dir / "config.yaml"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_suffix(".tmp")
+        staged.write_text(to_yaml(config), encoding="utf-8")
+        os.replace(staged, path)
+    except OSError as error:
+        raise StorageError(
+            f"train.storage={config.train.storage!r}: {str(path)!r} cannot be written: {error.strerror}.",
+            "set train.storage to a folder that can be written.",
+        ) from None
 
 
 def _first_cause(error: WorkerGroupError) -> MoeRayError:
@@ -149,7 +149,7 @@ def _first_cause(error: WorkerGroupError) -> MoeRayError:
             causes.append(cause)
             cause = getattr(cause, "cause", None) or getattr(cause, "_base_exc", None) or cause.__cause__
     for cause in causes:
-        if isinstance(cause, MoeRayError) and not isinstance(cause, TrainingError):
+        if isinstance(cause, MoeRayError) and "rank 0" not in cause.problem:
             return cause
     rank, failure = min(error.worker_failures.items(), key=lambda item: item[0])
     return TrainingError(

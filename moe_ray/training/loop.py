@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +14,21 @@ import torch
 import torch.distributed as dist
 
 from moe_ray.analytics.routing import RoutingSums
-from moe_ray.checkpoint.catalog import checkpoint_path, discard_unfinished, newest_good
+from moe_ray.checkpoint.catalog import checkpoint_path, discard_unfinished, newest_good, set_aside_later
 from moe_ray.checkpoint.load import load_model, load_optimizer
 from moe_ray.checkpoint.manifest import read_manifest
 from moe_ray.checkpoint.save import TOKENIZER, save_checkpoint
 from moe_ray.config import Config
 from moe_ray.data.batches import MicroBatch, micro_batches, train_batch
 from moe_ray.data.reader import TokenData, open_data
-from moe_ray.errors import CheckpointError, MoeRayError, TrainingError
+from moe_ray.errors import MoeRayError, TrainingError
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.parallel.shard import build_sharded_model
 from moe_ray.telemetry.clock import PhaseClock
 from moe_ray.telemetry.run_log import append_metrics, drop_metrics_after
 from moe_ray.training.held_out import held_out_batches, validation_metrics
 from moe_ray.training.optimizer import build_optimizer, learning_rate
+from moe_ray.training.resume import check_data, only_writer
 from moe_ray.training.step import StepResult, Trainer, evaluate, train_step
 
 _logger = logging.getLogger(__name__)
@@ -44,14 +46,21 @@ def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
 
     Raises:
         CheckpointError: all checkpoints of the run are damaged, or they are of another architecture.
+        ConfigError: another job trains this run.
         StorageError: a checkpoint could not be written.
+        TrainingError: the loss or a gradient is not finite.
     """
+    with ExitStack() as stack:
+        _train(config, mesh, data_dir, report, stack)
+
+
+def _train(config: Config, mesh: Mesh, data_dir: Path, report: Report, stack: ExitStack) -> None:
     clock = PhaseClock(mesh.device, enabled=False)
     model = build_sharded_model(config.model, config.train.seed, mesh, clock)
     trainer = Trainer(config, mesh, model, build_optimizer(model, config.optim), clock)
     data = open_data(data_dir, config.data.sequence_length)
     interval = _Interval()
-    for step in range(_resume(trainer, data), config.train.steps):
+    for step in range(_resume(trainer, data, stack), config.train.steps):
         started = time.perf_counter()
         done = step + 1
         evaluates = done == config.train.steps or done % config.train.eval_every == 0
@@ -61,7 +70,10 @@ def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
         with clock.phase("data"):
             batches = _train_batches(config, data, step, mesh)
         lr = learning_rate(step, config.train.steps, config.optim)
-        result = train_step(trainer, batches, lr)
+        try:
+            result = train_step(trainer, batches, lr)
+        except TrainingError as error:
+            raise TrainingError(f"step {done}: {error.problem}", error.fix) from None
         interval.add(result, time.perf_counter() - started)
         if clock.enabled:
             metrics = _metrics(trainer, done, lr, result, interval)
@@ -75,17 +87,22 @@ def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
             _save(trainer, data, done)
 
 
-def _resume(trainer: Trainer, data: TokenData) -> int:
-    """Load the newest good checkpoint on all ranks; returns the number of finished steps."""
+def _resume(trainer: Trainer, data: TokenData, stack: ExitStack) -> int:
+    """Load the newest good checkpoint on all ranks; returns the number of finished steps.
+
+    Rank 0 holds the run until `stack` is closed.
+    """
     run_dir, mesh = trainer.config.train.run_dir, trainer.mesh
     step, problem = 0, None
     if mesh.rank == 0:
         try:
+            stack.enter_context(only_writer(run_dir))
             discard_unfinished(run_dir)
             found = newest_good(run_dir)
             step = found[1].step if found else 0
+            set_aside_later(run_dir, step)
             drop_metrics_after(run_dir, step)
-        except MoeRayError as error:
+        except (MoeRayError, OSError) as error:
             step, problem = -1, error
     shared = torch.tensor(step, device=mesh.device)
     if mesh.world_size > 1:
@@ -98,11 +115,7 @@ def _resume(trainer: Trainer, data: TokenData) -> int:
     if step > 0:
         path = checkpoint_path(run_dir, step)
         manifest = read_manifest(path)
-        if manifest.data_digest != data.index.digest:
-            raise CheckpointError(
-                f"the text in {str(data.folder)!r} is not that of checkpoint {str(path)!r}.",
-                "restore the sources that the run was started with, or set another train.name.",
-            )
+        check_data(manifest, data.index)
         load_model(path, manifest, trainer.model)
         load_optimizer(path, manifest, trainer.model, trainer.optimizer)
         _logger.info("resumed from %s", path)

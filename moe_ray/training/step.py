@@ -3,6 +3,7 @@
 Shapes: B sequences, S tokens of each, T tokens (B*S), E experts, L MoE layers, V vocabulary, M domains.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from moe_ray.analytics.routing import RoutingSums
 from moe_ray.config import Config, Dtype, ModelConfig
 from moe_ray.data.batches import MicroBatch
+from moe_ray.errors import TrainingError
 from moe_ray.models.losses import load_balancing_loss, next_token_loss, router_z_loss
 from moe_ray.models.router import Routing
 from moe_ray.models.transformer import Transformer
@@ -56,6 +58,9 @@ def train_step(trainer: Trainer, micro_batches: Iterable[MicroBatch], lr: float)
         micro_batches: equally many on every rank, of which some may hold no sequences. Together, over ranks,
             they are the global batch.
         lr: learning rate of this update.
+
+    Raises:
+        TrainingError: the loss or a gradient is not finite; the parameters are as they were.
     """
     clock, mesh = trainer.clock, trainer.mesh
     loss_sum, routing = accumulate_gradients(trainer, micro_batches)
@@ -63,6 +68,11 @@ def train_step(trainer: Trainer, micro_batches: Iterable[MicroBatch], lr: float)
         reduce_gradients(trainer.model, mesh)
         grad_norm = clip_gradients(trainer.model, mesh, trainer.config.optim.clip_norm)
         loss = _sum_over_world(mesh, loss_sum, routing)
+    if not (math.isfinite(loss) and grad_norm.isfinite()):
+        raise TrainingError(
+            f"the loss is {loss} and the gradient norm {grad_norm.item()}; the step was not applied.",
+            "lower optim.lr, or lengthen optim.warmup_steps; the same command goes on from the newest checkpoint.",
+        )
     with clock.phase("optimizer"):
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr

@@ -1,0 +1,64 @@
+"""What a run may change when it goes on, and that only one job at a time trains it."""
+
+import fcntl
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_ray.checkpoint.manifest import Manifest
+from moe_ray.config import Config
+from moe_ray.data.shards import Index
+from moe_ray.errors import CheckpointError, ConfigError
+
+# Changing one of these in mid-run would give a curve that no single run has.
+_FIXED_SECTION = "model"
+_FIXED_FIELDS = (("data", "sequence_length"), ("train", "seed"), ("train", "global_batch"))
+
+
+def check_settings(manifest: Manifest, config: Config) -> None:
+    """Compare the settings with those of the checkpoint that the run would go on from.
+
+    Raises:
+        ConfigError: one that must not change has changed.
+    """
+    now = config.model_dump(mode="json")
+    fields = [(_FIXED_SECTION, name) for name in now[_FIXED_SECTION]]
+    for section, name in (*fields, *_FIXED_FIELDS):
+        before = manifest.config[section].get(name)
+        if before != now[section][name]:
+            raise ConfigError(
+                f"{section}.{name}={now[section][name]!r} differs from the run in {str(config.train.run_dir)!r}, "
+                f"which has {before!r}.",
+                "keep the value to resume the run, or set another train.name to start a new one.",
+            )
+
+
+def check_data(manifest: Manifest, index: Index) -> None:
+    """Compare the tokens with those of the checkpoint; its data position means nothing in others.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if manifest.data_digest != index.digest:
+        raise CheckpointError(
+            "the text, its tokenizer or its split is not what the run was started with.",
+            "restore data.sources and the other data settings, or set another train.name to start a new run.",
+        )
+
+
+@contextmanager
+def only_writer(run_dir: Path) -> Generator[None]:
+    """Hold the run for this process; the lock ends with it, however it ends.
+
+    Raises:
+        ConfigError: another process trains this run.
+    """
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"the run {str(run_dir)!r} is being trained by another job.",
+                "wait for it or stop it, or set another train.name.",
+            ) from None
+        yield
