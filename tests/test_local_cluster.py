@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,7 +82,10 @@ def test_two_clusters_live_side_by_side_and_stop_ends_one(owned: list[Owned]) ->
         assert start.returncode == 0, output
     for item in owned:
         _check_access(item)
-    assert first.head().temp_dir != second.head().temp_dir
+    jobs = [_submit(item, "printenv RAY_ADDRESS") for item in owned]
+    for item, job in zip(owned, jobs, strict=True):
+        # Ray guesses the address of a job's cluster; with several on a machine it can be another's.
+        assert _log_of(item, job).splitlines()[-1] == item.head().gcs_address
     assert second.cluster.start().pid == second.head().pid
 
     assert first.cluster.stop()
@@ -93,6 +97,25 @@ def test_two_clusters_live_side_by_side_and_stop_ends_one(owned: list[Owned]) ->
     os.kill(second.head().pid, signal.SIGKILL)
     assert second.cluster.stop()
     second.assert_gone()
+
+
+def _submit(item: Owned, entrypoint: str) -> str:
+    request = urllib.request.Request(
+        f"{item.head().dashboard_url}/api/jobs/",
+        json.dumps({"entrypoint": entrypoint}).encode(),
+        {"Authorization": f"Bearer {item.cluster.token_file.read_text()}", "Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)["submission_id"]
+
+
+def _log_of(item: Owned, job: str) -> str:
+    def status() -> str:
+        return item.cluster.get(item.head(), f"/api/jobs/{job}")["status"]
+
+    _await(lambda: status() not in ("PENDING", "RUNNING"), 120)
+    assert status() == "SUCCEEDED"
+    return item.cluster.get(item.head(), f"/api/jobs/{job}/logs")["logs"].strip()
 
 
 def _check_access(item: Owned) -> None:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 
+from cluster.local import LocalCluster
 from moe_ray.checkpoint.catalog import list_checkpoints
 from moe_ray.telemetry.run_log import read_metrics
 from tests.conftest import RayCluster
@@ -140,16 +141,26 @@ def test_killed_driver_resumes(
     assert job.losses("driver-killed") == pytest.approx(undisturbed, rel=1e-4)
 
 
-def test_submitted_job_runs_from_its_own_copy(job: Job, ray_cluster: RayCluster, undisturbed: list[float]) -> None:
+@pytest.fixture
+def owned_cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A cluster whose job agent has a port of its own, and the environment that leads there."""
+    cluster = LocalCluster(tmp_path / "cluster")
+    try:
+        yield os.environ | cluster.environment(cluster.start(4))
+    finally:
+        cluster.stop()
+
+
+def test_submitted_job_runs_from_its_own_copy(
+    job: Job, owned_cluster: dict[str, str], undisturbed: list[float]
+) -> None:
     ray_cli = str(Path(sys.executable).parent / "ray")
-    command = [ray_cli, "job", "submit", "--address", ray_cluster.dashboard, "--working-dir", ".", "--"]
-    python_job = [sys.executable, *job.command("train.name=submitted")]
-    result = subprocess.run([*command, *python_job], env=job.environment(), capture_output=True, text=True)
+    command = [ray_cli, "job", "submit", "--working-dir", ".", "--", "python"]
+    command += job.command("train.name=submitted")
+    result = subprocess.run(command, env=owned_cluster, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert job.losses("submitted") == pytest.approx(undisturbed, rel=1e-6)
-    relative = subprocess.run(
-        [*command, *python_job, "train.storage=runs"], env=job.environment(), capture_output=True, text=True
-    )
+    relative = subprocess.run([*command, "train.storage=runs"], env=owned_cluster, capture_output=True, text=True)
     assert relative.returncode != 0
     assert "error: train.storage='runs' is relative" in relative.stdout + relative.stderr
 

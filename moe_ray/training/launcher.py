@@ -65,6 +65,7 @@ def connect(parallel: ParallelConfig) -> None:
         return
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        _warn_if_too_small(parallel)
         return
     # Logical CPUs: more workers than cores are slow, not wrong.
     num_cpus = max(os.cpu_count() or 1, math.ceil(parallel.workers * parallel.cpus_per_worker))
@@ -75,6 +76,20 @@ def connect(parallel: ParallelConfig) -> None:
         logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
     )
+
+
+def _warn_if_too_small(parallel: ParallelConfig) -> None:
+    """Only a warning: a cluster that grows on demand may be small now."""
+    has, needs = ray.cluster_resources().get("CPU", 0.0), parallel.workers * parallel.cpus_per_worker
+    if needs > has:
+        _logger.warning(
+            "parallel.workers=%d with parallel.cpus_per_worker=%g need %g CPUs and the cluster has %g: training "
+            "waits for more nodes. Fix: lower one of the two if none will come.",
+            parallel.workers,
+            parallel.cpus_per_worker,
+            needs,
+            has,
+        )
 
 
 def _trainer(config: Config, data_dir: Path) -> TorchTrainer:
