@@ -15,6 +15,7 @@ from cluster.processes import MARKER, started_at
 LOOPBACK = "127.0.0.1"
 # Despite its name this switch works everywhere: the node's address is 127.0.0.1, so all its ports are local.
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+_BIN = Path(sys.executable).parent
 # Where Ray's command line tools look by default.
 _DASHBOARD_PORT = 8265
 # In a shell or job that uses another cluster these point there and would mislead the head.
@@ -58,7 +59,7 @@ class Head:
 def launch(temp_dir: Path, token_file: Path, log_file: Path, num_cpus: int) -> Head:
     """Start the head process. It is not ready yet: `await_ready` tells."""
     dashboard = free_port(_DASHBOARD_PORT)
-    gcs, client, agent, metrics, autoscaler_metrics, dashboard_metrics = _free_ports(6)
+    gcs, client, agent, metrics, *others = _free_ports(6)
     options = {
         "node-ip-address": LOOPBACK,
         "port": gcs,
@@ -75,24 +76,46 @@ def launch(temp_dir: Path, token_file: Path, log_file: Path, num_cpus: int) -> H
         "temp-dir": temp_dir,
         "num-cpus": num_cpus,
     }
-    bin_dir = Path(sys.executable).parent
-    environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
-    environment |= authentication(token_file) | LOOPBACK_ONLY
-    environment |= {
+    dashboard_url = f"http://{LOOPBACK}:{dashboard}"
+    environment = _environment(temp_dir, token_file, dashboard_url, *others)
+    pid = _spawn([f"--{name}={value}" for name, value in options.items()], environment, log_file)
+    return Head(
+        pid=pid,
+        started=started_at(pid) or 0.0,
+        temp_dir=str(temp_dir),
+        num_cpus=num_cpus,
+        gcs_address=f"{LOOPBACK}:{gcs}",
+        dashboard_url=dashboard_url,
+        agent_url=f"http://{LOOPBACK}:{agent}",
+        metrics_url=f"http://{LOOPBACK}:{metrics}/metrics",
+    )
+
+
+def _environment(
+    temp_dir: Path, token_file: Path, dashboard_url: str, autoscaler_port: int, dashboard_metrics_port: int
+) -> dict[str, str]:
+    """What the head and, through it, all processes of the cluster get."""
+    inherited = {name: value for name, value in os.environ.items() if name not in _FOREIGN}
+    return {
+        **inherited,
+        **authentication(token_file),
+        **LOOPBACK_ONLY,
         MARKER: str(temp_dir),
-        # Ray Train's own actors look for the dashboard, and would find that of any Ray on this machine.
-        "RAY_API_SERVER_ADDRESS": f"http://{LOOPBACK}:{dashboard}",
         # The entry point `python` of a job is the one that runs this.
-        "PATH": os.pathsep.join([str(bin_dir), os.environ.get("PATH", os.defpath)]),
-        "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
-        "DASHBOARD_METRIC_PORT": str(dashboard_metrics),
+        "PATH": os.pathsep.join([str(_BIN), os.environ.get("PATH", os.defpath)]),
+        # Ray Train's own actors look for the dashboard, and would find that of any Ray on this machine.
+        "RAY_API_SERVER_ADDRESS": dashboard_url,
+        "AUTOSCALER_METRIC_PORT": str(autoscaler_port),
+        "DASHBOARD_METRIC_PORT": str(dashboard_metrics_port),
         # There is no other node that requests could move to before this one stops.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
-    flags = [f"--{name}={value}" for name, value in options.items()]
+
+
+def _spawn(flags: list[str], environment: dict[str, str], log_file: Path) -> int:
     with log_file.open("ab") as log:
         process = subprocess.Popen(
-            [str(bin_dir / "ray"), "start", "--head", "--block", "--disable-usage-stats", *flags],
+            [str(_BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", *flags],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -100,16 +123,7 @@ def launch(temp_dir: Path, token_file: Path, log_file: Path, num_cpus: int) -> H
             # A Ctrl-C in the terminal is for the command that runs there.
             start_new_session=True,
         )
-    return Head(
-        pid=process.pid,
-        started=started_at(process.pid) or 0.0,
-        temp_dir=str(temp_dir),
-        num_cpus=num_cpus,
-        gcs_address=f"{LOOPBACK}:{gcs}",
-        dashboard_url=f"http://{LOOPBACK}:{dashboard}",
-        agent_url=f"http://{LOOPBACK}:{agent}",
-        metrics_url=f"http://{LOOPBACK}:{metrics}/metrics",
-    )
+    return process.pid
 
 
 def await_ready(head: Head, token: str, seconds: float) -> bool:
