@@ -85,7 +85,7 @@ def test_two_clusters_live_side_by_side_and_stop_ends_one(owned: list[Owned]) ->
     jobs = [_submit(item, "printenv RAY_ADDRESS") for item in owned]
     for item, job in zip(owned, jobs, strict=True):
         # Ray guesses the address of a job's cluster; with several on a machine it can be another's.
-        assert _log_of(item, job).splitlines()[-1] == item.head().gcs_address
+        assert item.head().gcs_address in _log_of(item, job).splitlines()
     assert second.cluster.start().pid == second.head().pid
 
     assert first.cluster.stop()
