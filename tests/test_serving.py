@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import queue
 import threading
 import time
 from types import SimpleNamespace
@@ -487,14 +488,21 @@ class TestServe:
         with contextlib.ExitStack() as stack:
             for _ in range(MAX_BATCH):
                 stack.enter_context(open_stream(client))
-            waiting = [threading.Thread(target=self.complete, args=(client,)) for _ in range(MAX_QUEUED)]
+            # One more than the queue holds: whichever comes last is refused, the others wait for a slot.
+            answers = queue.Queue()
+            waiting = [
+                threading.Thread(target=lambda: answers.put(self.complete(client))) for _ in range(MAX_QUEUED + 1)
+            ]
             for thread in waiting:
                 thread.start()
-            response = self.complete_until(client, 503)
+            response = answers.get(timeout=30)
             assert error_of(response)["code"] == "overloaded"
+            assert response.status_code == 503
             assert int(response.headers["retry-after"]) >= 1
+            assert answers.empty()
         for thread in waiting:
             thread.join(30)
+        assert [answers.get().status_code for _ in range(MAX_QUEUED)] == [200] * MAX_QUEUED
         assert self.complete_until(client, 200).json()["usage"]["completion_tokens"] == 2
 
     def test_disconnected_clients_free_their_slots(self, client, base_url):
