@@ -79,8 +79,8 @@ def build_layers(config: ModelConfig, dtype: str) -> tuple[MoE, Any]:
         for parameter in ours.parameters():
             parameter.normal_(0.0, 0.02)
         theirs.gate.weight.copy_(ours.router.weight)
-        theirs.experts.gate_up_proj.copy_(ours.experts.w_gate_up_eGD)
-        theirs.experts.down_proj.copy_(ours.experts.w_down_eDF)
+        theirs.experts.gate_up_proj.copy_(ours.experts.w_in_eGD)
+        theirs.experts.down_proj.copy_(ours.experts.w_out_eDF)
     return ours, theirs
 
 
@@ -90,7 +90,7 @@ def check_equal(ours: MoE, theirs: Any, x_BTD: Tensor, dtype: str) -> float:
     transformers computes router logits in the input's type, so in bfloat16 near ties go another way.
     """
     with torch.no_grad(), precision(dtype):
-        y_BTD, routing = ours(x_BTD)
+        y_BTD, routing = ours(x_BTD, token_ids(x_BTD))
         expected_BTD = theirs(x_BTD)
         _, _, expected_ids_TK = theirs.gate(x_BTD)
     same_T = (routing.expert_ids_TK.sort(dim=-1).values == expected_ids_TK.sort(dim=-1).values).all(dim=-1)
@@ -101,6 +101,11 @@ def check_equal(ours: MoE, theirs: Any, x_BTD: Tensor, dtype: str) -> float:
     assert worst < tolerance, f"outputs differ by {worst:.1e} of the largest"
     assert share > (0.999 if dtype == "float32" else 0.8), f"only {share:.1%} of the tokens agree"
     return share
+
+
+def token_ids(x_BTD: Tensor) -> Tensor:
+    """Ids that the router does not look at."""
+    return torch.zeros(x_BTD.shape[:2], dtype=torch.int64)
 
 
 def make_batches(config: ModelConfig, dtype: str, num_tokens: int, count: int) -> list[Tensor]:
@@ -119,7 +124,8 @@ def layer_runs(layer: nn.Module, batches: list[Tensor], dtype: str) -> tuple[Run
 
     def forward(index: int) -> Tensor:
         with precision(dtype):
-            out = layer(batches[index % len(batches)])
+            x_BTD = batches[index % len(batches)]
+            out = layer(x_BTD, token_ids(x_BTD)) if isinstance(layer, MoE) else layer(x_BTD)
         return out[0] if isinstance(out, tuple) else out
 
     def forward_backward(index: int) -> None:
@@ -191,7 +197,7 @@ def measure(config: ModelConfig, dtype: str, arguments: argparse.Namespace) -> l
     ours, theirs = build_layers(config, dtype)
     batches = make_batches(config, dtype, num_tokens, count)
     agreement = check_equal(ours, theirs, batches[0], dtype)
-    tokens_per_expert = ours(batches[0])[1].tokens_per_expert().tolist()
+    tokens_per_expert = ours(batches[0], token_ids(batches[0]))[1].tokens_per_expert().tolist()
     runs: dict[str, Run] = {"dense": dense_run(compute_dtype(dtype))}
     pairs = {
         "grouped": grouped_runs(config, tokens_per_expert, compute_dtype(dtype)),

@@ -1,5 +1,6 @@
 """What every job shares: arguments, exit codes and the one line an error becomes."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,7 +24,11 @@ def run_job(usage: str, main: Callable[[Config], None], arguments: Sequence[str]
 
 
 def exit_on_error(action: Callable[[], None]) -> None:
-    """Run `action`; one of our errors becomes a line on stderr and its exit code."""
+    """Run `action`; one of our errors becomes a line on stderr and its exit code.
+
+    Modules in the working directory can be imported, as Ray's workers can: a user's own router may stand there.
+    """
+    sys.path.append(os.getcwd())
     try:
         action()
     except MoeRayError as error:

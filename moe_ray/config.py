@@ -8,128 +8,24 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, PositiveFloat, ValidationError, model_validator
 from pydantic_core import PydanticUndefined
 
 from moe_ray.errors import ConfigError
+from moe_ray.model_config import (
+    BelowOne,
+    Count,
+    ModelConfig,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    Width,
+    divisors,
+)
 
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-# Bounds far above any use, so that a slip of the hand is an error and not an endless loop or all of the memory.
-PositiveInt = Annotated[int, Field(gt=0, le=2**40)]
-Count = Annotated[int, Field(gt=0, le=65_536)]
-Width = Annotated[int, Field(gt=0, le=2**20)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-
-class ModelConfig(Section):
-    """Architecture of a decoder-only transformer in which some feed-forward layers are Mixture-of-Experts."""
-
-    vocab_size: Width = Field(4096, description="rows of the embedding; a trained tokenizer has as many ids")
-    dim: Width = Field(256, description="width of the residual stream (D)")
-    num_layers: Count = Field(4, description="transformer blocks")
-    num_heads: Count = Field(4, description="query heads (H)")
-    num_kv_heads: Count = Field(2, description="key/value heads, shared by groups of query heads")
-    num_experts: Count = Field(8, description="experts of each MoE layer (E)")
-    top_k: Annotated[int, Field(ge=1, le=8)] = Field(2, description="experts that each token is routed to (K)")
-    expert_dim: Width = Field(256, description="hidden width of one expert (F)")
-    route_norm: bool = Field(True, description="rescale the top-k routing weights to sum to 1")
-    num_dense_layers: NonNegativeInt = Field(0, description="first blocks that keep a dense feed-forward")
-    moe_every: Count = Field(1, description="after the dense layers, every n-th block is MoE")
-    dense_dim: Width = Field(512, description="hidden width of a dense feed-forward")
-    max_sequence_length: Width = Field(512, description="longest context in tokens (S)")
-    rope_theta: PositiveFloat = Field(10_000.0, description="base of the rotary position frequencies")
-    norm_eps: PositiveFloat = Field(1e-5, description="epsilon of RMSNorm")
-    tie_embeddings: bool = Field(True, description="use the embedding matrix as the output head")
-    init_std: PositiveFloat = Field(0.02, description="standard deviation of the initial weights")
-    load_balancing_loss_weight: NonNegativeFloat = Field(0.01, description="weight of the load-balancing loss")
-    router_z_loss_weight: NonNegativeFloat = Field(0.001, description="weight of the router z-loss")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.top_k > self.num_experts:
-            raise ConfigError(
-                f"model.top_k={self.top_k} is more than model.num_experts={self.num_experts}.",
-                f"set model.top_k to at most {self.num_experts} or raise model.num_experts.",
-            )
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
-            raise ConfigError(
-                f"model.dim={self.dim} over model.num_heads={self.num_heads} is not an even head width.",
-                "choose a model.dim that is a multiple of 2 * model.num_heads.",
-            )
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"model.num_kv_heads={self.num_kv_heads} does not divide model.num_heads={self.num_heads}.",
-                f"use one of {_divisors(self.num_heads)}.",
-            )
-        for field in ("dim", "expert_dim"):
-            if getattr(self, field) % 8:
-                raise ConfigError(
-                    f"model.{field}={getattr(self, field)} is not a multiple of 8, which grouped_mm needs.",
-                    f"use {-(-getattr(self, field) // 8) * 8}.",
-                )
-        if not self.moe_layers:
-            raise ConfigError(
-                f"model.num_dense_layers={self.num_dense_layers} with model.moe_every={self.moe_every} "
-                f"leaves no MoE layer among model.num_layers={self.num_layers}.",
-                "lower model.num_dense_layers or model.moe_every.",
-            )
-        return self
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.num_heads
-
-    @property
-    def moe_layers(self) -> range:
-        """Indices of the blocks whose feed-forward is Mixture-of-Experts."""
-        return range(self.num_dense_layers + self.moe_every - 1, self.num_layers, self.moe_every)
-
-    def num_params(self) -> int:
-        """Parameters of the whole model; tied embeddings count once."""
-        return self._params(self.num_experts)
-
-    def num_active_params(self) -> int:
-        """Parameters that one token uses: all of `num_params` but the experts that it is not routed to."""
-        return self._params(self.top_k)
-
-    def _params(self, experts_per_layer: int) -> int:
-        kv_dim = self.num_kv_heads * self.head_dim
-        attention = 2 * self.dim * self.dim + 2 * self.dim * kv_dim
-        moe = self.dim * self.num_experts + experts_per_layer * 3 * self.dim * self.expert_dim
-        dense = 3 * self.dim * self.dense_dim
-        num_moe = len(self.moe_layers)
-        embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
-        norms = (2 * self.num_layers + 1) * self.dim
-        return (
-            embeddings + norms + self.num_layers * attention + num_moe * moe + (self.num_layers - num_moe) * dense
-        )
-
-    def flops_per_token(self, sequence_length: int) -> int:
-        """Matmul FLOPs of one training step per token, forward and backward (PaLM, appendix B, active parameters).
-
-        Forward is 2 FLOPs a matmul parameter plus 4 * S * D a layer for attention scores and values
-        (not halved for causality); backward is twice the forward.
-        """
-        norms = (2 * self.num_layers + 1) * self.dim
-        lookup = 0 if self.tie_embeddings else self.vocab_size * self.dim
-        matmul_params = self.num_active_params() - norms - lookup
-        return 3 * (2 * matmul_params + 4 * self.num_layers * sequence_length * self.dim)
 
 
 class DataConfig(Section):
@@ -170,7 +66,7 @@ class ParallelConfig(Section):
         if self.workers % self.ep:
             raise ConfigError(
                 f"parallel.ep={self.ep} does not divide parallel.workers={self.workers}.",
-                f"use one of {_divisors(self.workers)}.",
+                f"use one of {divisors(self.workers)}.",
             )
         return self
 
@@ -182,8 +78,8 @@ class OptimConfig(Section):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="final over peak learning rate")
     warmup_steps: NonNegativeInt = Field(100, description="steps of linear warm-up")
     weight_decay: NonNegativeFloat = Field(0.1, description="decoupled weight decay of matrices")
-    beta1: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="AdamW beta1")
-    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.95, description="AdamW beta2")
+    beta1: BelowOne = Field(0.9, description="AdamW beta1")
+    beta2: BelowOne = Field(0.95, description="AdamW beta2")
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     clip_norm: PositiveFloat = Field(1.0, description="largest global gradient norm")
 
@@ -256,6 +152,9 @@ class ServeConfig(Section):
     )
     max_body_bytes: PositiveInt = Field(4_000_000, description="largest request body")
     dtype: Dtype = Field("float32", description="type of the weights and the KV cache")
+    allow_expert_choice: bool = Field(
+        False, description="generate with a router that is not causal, which routes otherwise than in training"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -281,11 +180,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.model.num_experts % self.parallel.ep:
+        if self.model.is_known("num_experts") and self.model.num_experts % self.parallel.ep:
             raise ConfigError(
                 f"parallel.ep={self.parallel.ep} does not divide model.num_experts={self.model.num_experts}.",
-                f"use one of {_divisors(self.model.num_experts)} that also divides parallel.workers.",
+                f"use one of {divisors(self.model.num_experts)} that also divides parallel.workers.",
             )
+        if self.optim.warmup_steps >= self.train.steps and self.optim.warmup_steps > 0:
+            raise ConfigError(
+                f"optim.warmup_steps={self.optim.warmup_steps} is not less than train.steps={self.train.steps}.",
+                "lower optim.warmup_steps or raise train.steps.",
+            )
+        if not self.model.is_known("max_sequence_length"):
+            return self
         if self.data.sequence_length > self.model.max_sequence_length:
             raise ConfigError(
                 f"data.sequence_length={self.data.sequence_length} is longer than "
@@ -297,11 +203,6 @@ class Config(Section):
             raise ConfigError(
                 f"serve.max_context={self.serve.max_context} is longer than model.max_sequence_length={limit}.",
                 f"use at most {limit}.",
-            )
-        if self.optim.warmup_steps >= self.train.steps and self.optim.warmup_steps > 0:
-            raise ConfigError(
-                f"optim.warmup_steps={self.optim.warmup_steps} is not less than train.steps={self.train.steps}.",
-                "lower optim.warmup_steps or raise train.steps.",
             )
         return self
 
@@ -438,10 +339,6 @@ def _type_name(annotation: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else None if value is PydanticUndefined else value
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _one_line(error: Exception) -> str:

@@ -11,6 +11,7 @@ from moe_ray.checkpoint.catalog import resolve_checkpoint
 from moe_ray.config import ServeConfig, build_config
 from moe_ray.errors import ConfigError
 from moe_ray.serving.deployment import make_application
+from moe_ray.serving.engine.engine import check_causal
 
 _KEYS = ["checkpoint", *(f"serve.{field}" for field in ServeConfig.model_fields)]
 
@@ -33,4 +34,6 @@ def build(args: dict[str, str]) -> Application:
         raise ConfigError("the argument 'checkpoint' is missing.", "add checkpoint=RUN_OR_CHECKPOINT.")
     path, manifest = resolve_checkpoint(args["checkpoint"], frozenset({"model", "tokenizer"}))
     overrides = [f"{key}={value}" for key, value in args.items() if key != "checkpoint"]
-    return make_application(str(path), build_config(manifest.config, overrides).serve)
+    config = build_config(manifest.config, overrides)
+    check_causal(config.model, config.serve.allow_expert_choice)
+    return make_application(str(path), config.serve)

@@ -24,7 +24,7 @@ from moe_ray.errors import ConfigError
         ("model.top_k=9", "model.top_k=9 .*8"),
         ("model.num_experts=1", "model.top_k=2 is more than model.num_experts=1"),
         ("parallel.ep=3", "parallel.ep=3 does not divide parallel.workers=1"),
-        ("model.num_heads=3", "model.dim=256 over model.num_heads=3"),
+        ("model.num_heads=3", "model.dim=256 is not a multiple of model.num_heads=3"),
         ("model.num_kv_heads=3", "model.num_kv_heads=3 does not divide model.num_heads=4"),
         ("model.expert_dim=100", "model.expert_dim=100 is not a multiple of 8.*104"),
         ("model.moe_every=9", "no MoE layer"),

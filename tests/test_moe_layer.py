@@ -19,6 +19,7 @@ from moe_ray.config import ModelConfig
 from moe_ray.models.losses import load_balancing_loss, router_z_loss
 from moe_ray.models.moe import MoE
 from moe_ray.models.permute import group_by_expert, pad_groups, permute, unpermute
+from moe_ray.models.router import Routing
 from moe_ray.models.transformer import build_model
 
 DIM, HIDDEN = 16, 24
@@ -51,27 +52,32 @@ def make_input(num_tokens: int, seed: int = 1) -> Tensor:
     return torch.randn(1, num_tokens, DIM, generator=generator).requires_grad_()
 
 
+def run(moe: MoE, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+    """The layer on tokens whose ids do not matter."""
+    return moe(x_BSD, torch.zeros(x_BSD.shape[:2], dtype=torch.int64))
+
+
 def loop_moe(moe: MoE, x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     """The definition of the layer, token by token and expert by expert: output and routing weights [T, K]."""
     x_TD = x_BTD[0]
     y_TD = x_TD * 0.0
     probs_TE = F.linear(x_TD, moe.router.weight).softmax(dim=-1)
-    chosen = probs_TE.topk(moe.router.top_k, dim=-1)
+    chosen = probs_TE.topk(moe.config.top_k, dim=-1)
     weights_TK = chosen.values
-    if moe.router.route_norm:
+    if moe.config.route_norm:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
     for t, expert_ids in enumerate(chosen.indices.tolist()):
         for k, expert in enumerate(expert_ids):
-            w_gate_FD, w_up_FD = moe.experts.w_gate_up_eGD[expert].chunk(2)
+            w_gate_FD, w_up_FD = moe.experts.w_in_eGD[expert].chunk(2)
             a_F = F.silu(w_gate_FD @ x_TD[t]) * (w_up_FD @ x_TD[t])
-            y_1D = (weights_TK[t, k] * (moe.experts.w_down_eDF[expert] @ a_F)).unsqueeze(0)
+            y_1D = (weights_TK[t, k] * (moe.experts.w_out_eDF[expert] @ a_F)).unsqueeze(0)
             y_TD = y_TD.index_add(0, torch.tensor([t]), y_1D)
     return y_TD.unsqueeze(0), weights_TK
 
 
 def assert_like_loop(moe: MoE, x_BTD: Tensor) -> None:
     """Equal outputs and gradients with respect to input, all weights and the routing weights."""
-    y_BTD, routing = moe(x_BTD)
+    y_BTD, routing = run(moe, x_BTD)
     expected_BTD, expected_weights_TK = loop_moe(moe, x_BTD)
     torch.testing.assert_close(y_BTD, expected_BTD, atol=1e-5, rtol=1e-4)
     grad_BTD = torch.randn(x_BTD.shape, generator=torch.Generator().manual_seed(2))
@@ -98,17 +104,17 @@ def test_layer_equals_a_loop_when_all_tokens_choose_one_expert():
     with torch.no_grad():
         x_BTD.abs_()
         moe.router.weight[5] = 3.0
-    assert moe(x_BTD)[1].tokens_per_expert().tolist() == [0, 0, 0, 0, 0, 12, 0, 0]
+    assert run(moe, x_BTD)[1].tokens_per_expert().tolist() == [0, 0, 0, 0, 0, 12, 0, 0]
     assert_like_loop(moe, x_BTD)
 
 
 def test_experts_without_tokens_get_zero_gradients():
     moe, x_BTD = make_moe(32, 2), make_input(3)
-    y_BTD, routing = moe(x_BTD)
+    y_BTD, routing = run(moe, x_BTD)
     y_BTD.sum().backward()
     idle_E = routing.tokens_per_expert() == 0
     assert idle_E.sum() >= 26
-    for weight in (moe.experts.w_gate_up_eGD, moe.experts.w_down_eDF):
+    for weight in (moe.experts.w_in_eGD, moe.experts.w_out_eDF):
         busy_E = weight.grad.flatten(1).abs().sum(1) > 0
         assert torch.equal(busy_E, ~idle_E)
 
@@ -118,8 +124,8 @@ def test_layer_takes_non_contiguous_input_and_gradient():
     x_BSD = torch.randn(2, 15, DIM)[:, ::2].requires_grad_()
     grad_BSD = torch.randn(DIM, 2, 8).permute(1, 2, 0)
     assert not x_BSD.is_contiguous()
-    y_BSD = moe(x_BSD)[0]
-    expected_BSD = moe(x_BSD.contiguous())[0]
+    y_BSD = run(moe, x_BSD)[0]
+    expected_BSD = run(moe, x_BSD.contiguous())[0]
     assert torch.equal(y_BSD, expected_BSD)
     inputs = [x_BSD, *moe.parameters()]
     grads = torch.autograd.grad(y_BSD, inputs, grad_BSD)
@@ -133,12 +139,12 @@ def test_bfloat16_layer_is_close_to_float32_and_keeps_the_dtype():
         # Values that bfloat16 holds exactly, so that both layers route alike.
         for tensor in (x_BTD, *moe.parameters()):
             tensor.copy_(tensor.bfloat16())
-    expected_BTD, routing = moe(x_BTD)
+    expected_BTD, routing = run(moe, x_BTD)
     expected_BTD.square().sum().backward()
     low = make_moe(8, 2).to(torch.bfloat16)
     low.load_state_dict(moe.state_dict())
     low_x_BTD = x_BTD.detach().bfloat16().requires_grad_()
-    y_BTD, low_routing = low(low_x_BTD)
+    y_BTD, low_routing = run(low, low_x_BTD)
     assert y_BTD.dtype == torch.bfloat16
     assert low_routing.weights_TK.dtype == low_routing.logits_TE.dtype == torch.float32
     assert torch.equal(low_routing.expert_ids_TK, routing.expert_ids_TK)
@@ -151,9 +157,9 @@ def test_bfloat16_layer_is_close_to_float32_and_keeps_the_dtype():
 
 def test_autocast_computes_experts_in_bfloat16_and_routes_in_float32():
     moe, x_BTD = make_moe(8, 2), make_input(100)
-    expected_BTD, expected_routing = moe(x_BTD)
+    expected_BTD, expected_routing = run(moe, x_BTD)
     with torch.autocast("cpu", torch.bfloat16):
-        y_BTD, routing = moe(x_BTD)
+        y_BTD, routing = run(moe, x_BTD)
     assert y_BTD.dtype == torch.bfloat16
     assert torch.equal(routing.logits_TE, expected_routing.logits_TE)
     assert 1e-4 < (y_BTD.float() - expected_BTD).norm() / expected_BTD.norm() < 0.02
@@ -178,12 +184,12 @@ def test_layer_equals_mixtral_of_transformers(num_experts, top_k):
     moe, x_BTD = make_moe(num_experts, top_k), make_input(50)
     with torch.no_grad():
         block.gate.weight.copy_(moe.router.weight)
-        block.experts.gate_up_proj.copy_(moe.experts.w_gate_up_eGD)
-        block.experts.down_proj.copy_(moe.experts.w_down_eDF)
-    y_BTD, expected_BTD = moe(x_BTD)[0], block(x_BTD)
+        block.experts.gate_up_proj.copy_(moe.experts.w_in_eGD)
+        block.experts.down_proj.copy_(moe.experts.w_out_eDF)
+    y_BTD, expected_BTD = run(moe, x_BTD)[0], block(x_BTD)
     torch.testing.assert_close(y_BTD, expected_BTD, atol=1e-5, rtol=1e-4)
     grad_BTD = torch.randn_like(y_BTD)
-    ours = [x_BTD, moe.router.weight, moe.experts.w_gate_up_eGD, moe.experts.w_down_eDF]
+    ours = [x_BTD, moe.router.weight, moe.experts.w_in_eGD, moe.experts.w_out_eDF]
     theirs = [x_BTD, block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj]
     grads = torch.autograd.grad(y_BTD, ours, grad_BTD)
     for grad, expected in zip(grads, torch.autograd.grad(expected_BTD, theirs, grad_BTD), strict=True):
@@ -191,8 +197,7 @@ def test_layer_equals_mixtral_of_transformers(num_experts, top_k):
 
 
 def test_routing_weights_sum_to_one_only_with_route_norm():
-    x_TD = make_input(30)[0]
-    normed, plain = (make_moe(8, 3, route_norm=flag).router(x_TD) for flag in (True, False))
+    normed, plain = (run(make_moe(8, 3, route_norm=flag), make_input(30))[1] for flag in (True, False))
     torch.testing.assert_close(normed.weights_TK.sum(-1), torch.ones(30))
     assert torch.equal(plain.weights_TK, plain.probs_TE.gather(1, plain.expert_ids_TK))
     assert (plain.weights_TK.sum(-1) < 0.999).any()
@@ -206,7 +211,7 @@ def test_extreme_logits_give_finite_outputs_losses_and_gradients():
         moe.router.weight.mul_(1e4)
         x_BTD[0, :10] *= 1e3
         x_BTD[0, 10] = 0.0
-    y_BTD, routing = moe(x_BTD)
+    y_BTD, routing = run(moe, x_BTD)
     assert routing.logits_TE.abs().max() > 1e6
     loss = y_BTD.square().mean() + router_z_loss(routing.logits_TE, 30)
     loss = loss + load_balancing_loss(routing.probs_TE, torch.full((8,), 1 / 8), 30)

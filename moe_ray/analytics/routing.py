@@ -18,7 +18,8 @@ class RoutingSums:
     """Sums over tokens, float64, so that counts stay exact when they are reduced with the rest.
 
     Attributes:
-        sums_LX: for each layer tokens_per_expert_E, sum of probs_E, sum of entropies, sum of squared log-sum-exp.
+        sums_LX: for each layer the load_E (dropped tokens included), sum of probs_E, dropped pairs, sum of
+            entropies, sum of squared log-sum-exp.
     """
 
     sums_LX: Tensor
@@ -26,20 +27,18 @@ class RoutingSums:
     @classmethod
     def zeros(cls, num_layers: int, num_experts: int, device: torch.device) -> "RoutingSums":
         """The sums of no tokens."""
-        return cls(torch.zeros(num_layers, 2 * num_experts + 2, dtype=torch.float64, device=device))
+        return cls(torch.zeros(num_layers, 2 * num_experts + 3, dtype=torch.float64, device=device))
 
     @torch.no_grad()
     def add(self, routings: Sequence[Routing]) -> None:
         """Add the tokens of a forward pass."""
         for sums_X, routing in zip(self.sums_LX, routings, strict=True):
-            sums_X += torch.cat(
-                (
-                    routing.tokens_per_expert().double(),
-                    routing.probs_TE.sum(dim=0).double(),
-                    torch.special.entr(routing.probs_TE).sum().double().unsqueeze(0),
-                    routing.logits_TE.logsumexp(dim=-1).square().sum().double().unsqueeze(0),
-                )
-            )
+            none = sums_X.new_zeros(())
+            dropped = none if routing.num_dropped is None else routing.num_dropped
+            z = none if routing.logits_TE is None else routing.logits_TE.logsumexp(dim=-1).square().sum()
+            entropy = torch.special.entr(routing.probs_TE).sum()
+            scalars = torch.stack((dropped.double(), entropy.double(), z.double()))
+            sums_X += torch.cat((routing.load().double(), routing.probs_TE.sum(dim=0).double(), scalars))
 
     def __add__(self, other: "RoutingSums") -> "RoutingSums":
         """The sums of both."""
@@ -48,16 +47,16 @@ class RoutingSums:
     @property
     def num_experts(self) -> int:
         """E."""
-        return (self.sums_LX.shape[1] - 2) // 2
+        return (self.sums_LX.shape[1] - 3) // 2
 
     @property
     def tokens_per_expert_LE(self) -> Tensor:
-        """Tokens that each expert received."""
+        """Tokens that chose each expert, dropped ones included."""
         return self.sums_LX[:, : self.num_experts]
 
     @property
     def load_fraction_LE(self) -> Tensor:
-        """Share of the routed (token, expert) pairs that each expert received; rows sum to 1."""
+        """Share of the routed (token, expert) pairs that fell to each expert; rows sum to 1."""
         return self.tokens_per_expert_LE / self.tokens_per_expert_LE.sum(dim=1, keepdim=True)
 
     def metrics(self, num_tokens: int) -> dict[str, float | int | list[float]]:
@@ -79,6 +78,7 @@ class RoutingSums:
             "load_variance": variance_L.max().item(),
             "routing_entropy": entropy_L.mean().item(),
             "dead_experts": int(dead_L.sum()),
+            "dropped_fraction": (self.sums_LX[:, -3].sum() / self.tokens_per_expert_LE.sum()).item(),
             "load_cv_by_layer": cv_L.tolist(),
             "load_variance_by_layer": variance_L.tolist(),
             "routing_entropy_by_layer": entropy_L.tolist(),

@@ -1,6 +1,7 @@
 """All experts of a layer as one grouped matrix multiplication.
 
-Shapes: R rows (routed tokens, grouped by expert), D model dim, F expert hidden dim, G = 2 * F, e local experts.
+Shapes: R rows (routed tokens, grouped by expert), D model dim, F expert hidden dim, G = 2 * F where gated, else F,
+e local experts.
 """
 
 from typing import Any
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ray.config import ModelConfig
+from moe_ray.models.activations import Activation, make_activation
 
 
 class GroupedExperts(nn.Module):
-    """SwiGLU experts (Shazeer 2020) whose weights are stacked over the experts that this rank holds.
+    """Two-layer feed-forwards whose weights are stacked over the experts that this rank holds.
 
     Attributes:
         first_expert: global index of the first local expert; 0 unless experts are sharded.
@@ -22,13 +24,21 @@ class GroupedExperts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.first_expert = 0
-        self.w_gate_up_eGD = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_dim, config.dim))
-        self.w_down_eDF = nn.Parameter(torch.empty(config.num_experts, config.dim, config.expert_dim))
+        self.activation = make_activation(config)
+        num_experts, dim, hidden = config.num_experts, config.dim, config.expert_dim
+        width = 2 * hidden if config.is_gated else hidden
+        self.w_in_eGD = nn.Parameter(torch.empty(num_experts, width, dim))
+        self.w_out_eDF = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.register_parameter("b_in_eG", None)
+        self.register_parameter("b_out_eD", None)
+        if config.expert_ffn_bias:
+            self.b_in_eG = nn.Parameter(torch.empty(num_experts, width))
+            self.b_out_eD = nn.Parameter(torch.empty(num_experts, dim))
 
     @property
     def num_local_experts(self) -> int:
         """Experts that this module holds (e)."""
-        return self.w_gate_up_eGD.shape[0]
+        return self.w_in_eGD.shape[0]
 
     def forward(self, x_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
         """Apply expert i to its `tokens_per_expert_e[i]` consecutive rows; the counts sum to R.
@@ -37,33 +47,61 @@ class GroupedExperts(nn.Module):
             Rows of shape [R, D] in the dtype of `x_RD`. Experts without rows get zero gradients.
         """
         ends_e = tokens_per_expert_e.cumsum(0).to(torch.int32)
-        w_gate_up_eGD = self.w_gate_up_eGD.to(x_RD.dtype)
-        w_down_eDF = self.w_down_eDF.to(x_RD.dtype)
-        return _GroupedSwiGLU.apply(x_RD, w_gate_up_eGD, w_down_eDF, ends_e)
+        w_in_eGD, w_out_eDF = self.w_in_eGD.to(x_RD.dtype), self.w_out_eDF.to(x_RD.dtype)
+        expert_R = b_in_eG = b_out_eD = None
+        if self.b_in_eG is not None and self.b_out_eD is not None:
+            experts_e = torch.arange(self.num_local_experts, device=x_RD.device)
+            expert_R = experts_e.repeat_interleave(tokens_per_expert_e, output_size=x_RD.shape[0])
+            b_in_eG, b_out_eD = self.b_in_eG.to(x_RD.dtype), self.b_out_eD.to(x_RD.dtype)
+        return _GroupedFeedForward.apply(
+            x_RD, w_in_eGD, w_out_eDF, b_in_eG, b_out_eD, ends_e, expert_R, self.activation
+        )
 
 
-class _GroupedSwiGLU(torch.autograd.Function):
-    """y = (silu(x Wg) * (x Wu)) Wd per group, with a backward that writes both halves of G in place."""
-
-    @staticmethod
-    def forward(ctx: Any, x_RD: Tensor, w_gate_up_eGD: Tensor, w_down_eDF: Tensor, ends_e: Tensor) -> Tensor:
-        h_RG = F.grouped_mm(x_RD, w_gate_up_eGD.transpose(-2, -1), offs=ends_e)
-        gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-        a_RF = F.silu(gate_RF).mul_(up_RF)
-        ctx.save_for_backward(x_RD, w_gate_up_eGD, w_down_eDF, ends_e, h_RG, a_RF)
-        return F.grouped_mm(a_RF, w_down_eDF.transpose(-2, -1), offs=ends_e)
+class _GroupedFeedForward(torch.autograd.Function):
+    """y = act(x W_in + b_in) W_out + b_out per group, keeping x, the hidden rows and their activation."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x_RD, w_gate_up_eGD, w_down_eDF, ends_e, h_RG, a_RF = ctx.saved_tensors
+    def forward(
+        ctx: Any,
+        x_RD: Tensor,
+        w_in_eGD: Tensor,
+        w_out_eDF: Tensor,
+        b_in_eG: Tensor | None,
+        b_out_eD: Tensor | None,
+        ends_e: Tensor,
+        expert_R: Tensor | None,
+        activation: Activation,
+    ) -> Tensor:
+        h_RG = F.grouped_mm(x_RD, w_in_eGD.transpose(-2, -1), offs=ends_e)
+        if b_in_eG is not None and expert_R is not None:
+            h_RG += b_in_eG.index_select(0, expert_R)
+        a_RF = activation.forward(h_RG)
+        y_RD = F.grouped_mm(a_RF, w_out_eDF.transpose(-2, -1), offs=ends_e)
+        if b_out_eD is not None and expert_R is not None:
+            y_RD += b_out_eD.index_select(0, expert_R)
+        ctx.activation = activation
+        ctx.save_for_backward(x_RD, w_in_eGD, w_out_eDF, ends_e, expert_R, h_RG, a_RF)
+        return y_RD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_RD, w_in_eGD, w_out_eDF, ends_e, expert_R, h_RG, a_RF = ctx.saved_tensors
         dy_RD = grads[0].contiguous()
-        gate_RF, up_RF = h_RG.chunk(2, dim=-1)
-        da_RF = F.grouped_mm(dy_RD, w_down_eDF, offs=ends_e)
-        dw_down_eDF = F.grouped_mm(dy_RD.t(), a_RF, offs=ends_e)
-        dh_RG = torch.empty_like(h_RG)
-        dgate_RF, dup_RF = dh_RG.chunk(2, dim=-1)
-        torch.mul(da_RF, F.silu(gate_RF), out=dup_RF)
-        torch.ops.aten.silu_backward.grad_input(da_RF.mul_(up_RF), gate_RF, grad_input=dgate_RF)
-        dw_gate_up_eGD = F.grouped_mm(dh_RG.t(), x_RD, offs=ends_e)
-        dx_RD = F.grouped_mm(dh_RG, w_gate_up_eGD, offs=ends_e)
-        return dx_RD, dw_gate_up_eGD, dw_down_eDF, None
+        num_experts = w_in_eGD.shape[0]
+        da_RF = F.grouped_mm(dy_RD, w_out_eDF, offs=ends_e)
+        dw_out_eDF = F.grouped_mm(dy_RD.t(), a_RF, offs=ends_e)
+        dh_RG = ctx.activation.backward(da_RF, h_RG)
+        dw_in_eGD = F.grouped_mm(dh_RG.t(), x_RD, offs=ends_e)
+        dx_RD = F.grouped_mm(dh_RG, w_in_eGD, offs=ends_e)
+        db_in_eG = db_out_eD = None
+        if expert_R is not None:
+            db_in_eG = _sum_by_expert(dh_RG, expert_R, num_experts)
+            db_out_eD = _sum_by_expert(dy_RD, expert_R, num_experts)
+        return dx_RD, dw_in_eGD, dw_out_eDF, db_in_eG, db_out_eD, None, None, None
+
+
+def _sum_by_expert(rows: Tensor, expert_R: Tensor, num_experts: int) -> Tensor:
+    """In float32: bfloat16 stops growing after 256 rows."""
+    sums = torch.zeros(num_experts, rows.shape[1], device=rows.device)
+    return sums.index_add_(0, expert_R, rows.float()).to(rows.dtype)

@@ -3,9 +3,10 @@
 In this form the losses of micro-batches and of ranks add up to the loss of the global batch, whatever the
 world size and the gradient accumulation.
 
-Shapes: T local tokens, E experts, V vocabulary.
+Shapes: B sequences, S tokens of each, T local tokens (B*S), K experts a token, E experts, V vocabulary.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,6 +28,28 @@ def load_balancing_loss(probs_TE: Tensor, load_fraction_E: Tensor, num_tokens: i
         num_tokens: tokens of the global batch, so that P_e is a mean over it.
     """
     return probs_TE.shape[1] * (probs_TE.sum(dim=0) @ load_fraction_E) / num_tokens
+
+
+def sequence_load_balancing_loss(
+    probs_TE: Tensor, expert_ids_TK: Tensor, num_sequences: int, num_tokens: int
+) -> Tensor:
+    """`load_balancing_loss` of each sequence by itself, averaged (DeepSeek-AI 2024, eq. 17 to 20).
+
+    Args:
+        probs_TE: scores that sum to 1 for each token, sequence after sequence.
+        expert_ids_TK: chosen experts; E stands for none.
+        num_sequences: B.
+        num_tokens: tokens of the global batch.
+    """
+    num_experts = probs_TE.shape[1]
+    if num_sequences == 0:
+        return probs_TE.sum() * 0
+    ids_BN = expert_ids_TK.view(num_sequences, -1)
+    counts_BE = torch.zeros(num_sequences, num_experts + 1, device=probs_TE.device)
+    counts_BE = counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN, dtype=torch.float32))[:, :-1]
+    load_BE = counts_BE / counts_BE.sum(dim=1, keepdim=True).clamp(min=1)
+    probs_BE = probs_TE.view(num_sequences, -1, num_experts).sum(dim=1)
+    return num_experts * (probs_BE * load_BE).sum() / num_tokens
 
 
 def router_z_loss(logits_TE: Tensor, num_tokens: int) -> Tensor:

@@ -23,19 +23,29 @@ class Permutation:
 
     Attributes:
         order_N: flat (token, k) index of each row, int64; -1 in rows that only pad a group.
-        inverse_TK: row of each (token, k) pair, int64.
+        inverse_TK: row of each (token, k) pair, int64; 0 for pairs that have none.
+        kept_TK: whether a pair has a row, bool; None if all have.
     """
 
     order_N: Tensor
     inverse_TK: Tensor
+    kept_TK: Tensor | None = None
 
 
-def group_by_expert(expert_ids_TK: Tensor) -> Permutation:
-    """The permutation that lists routed tokens expert by expert, tokens of an expert in their order."""
-    order_N = torch.argsort(expert_ids_TK.flatten(), stable=True)
-    inverse_N = torch.empty_like(order_N)
-    inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-    return Permutation(order_N, inverse_N.view_as(expert_ids_TK))
+def group_by_expert(expert_ids_TK: Tensor, kept_TK: Tensor | None = None) -> Permutation:
+    """The permutation that lists routed tokens expert by expert, tokens of an expert in their order.
+
+    Args:
+        kept_TK: pairs that get a row; default all. Counting them makes the host wait for a GPU.
+    """
+    ids_N, num_rows = expert_ids_TK.flatten(), expert_ids_TK.numel()
+    if kept_TK is not None:
+        ids_N = ids_N.masked_fill(~kept_TK.flatten(), torch.iinfo(torch.int64).max)
+        num_rows = int(kept_TK.sum())
+    order_N = torch.argsort(ids_N, stable=True)[:num_rows]
+    inverse_N = torch.zeros_like(ids_N)
+    inverse_N[order_N] = torch.arange(num_rows, device=order_N.device)
+    return Permutation(order_N, inverse_N.view_as(expert_ids_TK), kept_TK)
 
 
 def pad_groups(permutation: Permutation, tokens_per_expert_E: Tensor, x_TD: Tensor) -> tuple[Permutation, Tensor]:
@@ -57,35 +67,38 @@ def pad_groups(permutation: Permutation, tokens_per_expert_E: Tensor, x_TD: Tens
     rows_N = torch.arange(num_rows) + shift_E.repeat_interleave(tokens_per_expert_E)
     order_N = torch.full((num_rows + int(padding_E.sum()),), -1)
     order_N[rows_N] = permutation.order_N
-    return Permutation(order_N, rows_N[permutation.inverse_TK]), tokens_per_expert_E + padding_E
+    padded = Permutation(order_N, rows_N[permutation.inverse_TK], permutation.kept_TK)
+    return padded, tokens_per_expert_E + padding_E
 
 
 def permute(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """Rows of `x_TD`, each repeated for its K experts, in the permutation's order: `x_ND`."""
-    return _Permute.apply(x_TD, permutation.order_N, permutation.inverse_TK)
+    return _Permute.apply(x_TD, permutation.order_N, permutation.inverse_TK, permutation.kept_TK)
 
 
 def unpermute(y_ND: Tensor, weights_TK: Tensor, permutation: Permutation) -> Tensor:
-    """Weighted sum of each token's K rows: `y_TD`, in the dtype of `y_ND`."""
+    """Weighted sum of each token's K rows: `y_TD`, in the dtype of `y_ND`. Pairs without a row must weigh 0."""
     return _Unpermute.apply(y_ND, weights_TK.to(y_ND.dtype), permutation.order_N, permutation.inverse_TK)
 
 
 def _sum_rows(rows_ND: Tensor, index_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
-    if index_TK.numel() == 0:
+    if index_TK.numel() == 0 or rows_ND.shape[0] == 0:
         return rows_ND.new_zeros(index_TK.shape[0], rows_ND.shape[1])
     return F.embedding_bag(index_TK, rows_ND, mode="sum", per_sample_weights=weights_TK)
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_TK)
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inverse_TK, kept_TK)
         return x_TD.index_select(0, order_N.clamp(min=0) // inverse_TK.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_TK,) = ctx.saved_tensors
-        return _sum_rows(grads[0].contiguous(), inverse_TK), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        inverse_TK, kept_TK = ctx.saved_tensors
+        grad_ND = grads[0].contiguous()
+        mask_TK = None if kept_TK is None else kept_TK.to(grad_ND.dtype)
+        return _sum_rows(grad_ND, inverse_TK, mask_TK), None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -99,7 +112,10 @@ class _Unpermute(torch.autograd.Function):
         y_ND, weights_TK, order_N, inverse_TK = ctx.saved_tensors
         pair_N = order_N.clamp(min=0)
         grad_ND = grads[0].index_select(0, pair_N // inverse_TK.shape[1])
-        grad_weights_TK = (grad_ND * y_ND).sum(dim=-1)[inverse_TK] if ctx.needs_input_grad[1] else None
+        grad_weights_TK = None
+        if ctx.needs_input_grad[1]:
+            products_N = (grad_ND * y_ND).sum(dim=-1)
+            grad_weights_TK = products_N[inverse_TK] if products_N.numel() else torch.zeros_like(weights_TK)
         weights_N = weights_TK.flatten().index_select(0, pair_N).masked_fill_(order_N < 0, 0)
         grad_ND *= weights_N.unsqueeze(-1)
         return grad_ND, grad_weights_TK, None, None

@@ -3,7 +3,6 @@
 Shapes: B batch, S sequence, T tokens (B*S), D model dim, E experts, V vocabulary.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ray.config import ModelConfig
-from moe_ray.models.attention import Attention, LayerCache, rope_cos_sin
+from moe_ray.models.attention import Attention, LatentAttention, LayerCache
 from moe_ray.models.experts import GroupedExperts
+from moe_ray.models.feed_forward import FeedForward
 from moe_ray.models.moe import MoE
-from moe_ray.models.router import Routing, TopKRouter
+from moe_ray.models.rope import Rope, rope_cos_sin
+from moe_ray.models.router import Router, Routing, seeded_generator
 
 
 @dataclass(frozen=True)
@@ -32,38 +33,24 @@ class Output:
     routings: tuple[Routing, ...]
 
 
-class DenseFeedForward(nn.Module):
-    """SwiGLU feed-forward (Shazeer 2020)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.w_gate = nn.Linear(config.dim, config.dense_dim, bias=False)
-        self.w_up = nn.Linear(config.dim, config.dense_dim, bias=False)
-        self.w_down = nn.Linear(config.dense_dim, config.dim, bias=False)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Shape in is shape out."""
-        return self.w_down(F.silu(self.w_gate(x_BSD)) * self.w_up(x_BSD))
-
-
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, is_moe: bool) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = (LatentAttention if config.attention == "mla" else Attention)(config, layer)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
-        self.ffn = MoE(config) if is_moe else DenseFeedForward(config)
+        self.ffn = MoE(config) if layer in config.moe_layers else FeedForward(config, config.dense_dim)
 
     def forward(
-        self, x_BSD: Tensor, rope: tuple[Tensor, Tensor], cache: LayerCache | None
+        self, x_BSD: Tensor, tokens_BS: Tensor, rope: Rope, cache: LayerCache | None
     ) -> tuple[Tensor, Routing | None]:
         """Returns the residual stream and, of a MoE block, the routing."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope, cache)
         normed_BSD = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoE):
-            y_BSD, routing = self.ffn(normed_BSD)
+            y_BSD, routing = self.ffn(normed_BSD, tokens_BS, dropless=cache is not None)
             return x_BSD + y_BSD, routing
         return x_BSD + self.ffn(normed_BSD), None
 
@@ -78,7 +65,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(
             config.vocab_size, config.dim, _weight=torch.empty(config.vocab_size, config.dim)
         )
-        self.layers = nn.ModuleList(Block(config, i in config.moe_layers) for i in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
 
@@ -97,11 +84,11 @@ class Transformer(nn.Module):
         """
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).unsqueeze(0)
-        rope = rope_cos_sin(positions_BS, self.config.head_dim, self.config.rope_theta)
+        rope = rope_cos_sin(positions_BS, self.config)
         x_BSD = self.embed(tokens_BS)
         routings = []
         for index, layer in enumerate(self.layers):
-            x_BSD, routing = layer(x_BSD, rope, caches[index] if caches else None)
+            x_BSD, routing = layer(x_BSD, tokens_BS, rope, caches[index] if caches else None)
             if routing is not None:
                 routings.append(routing)
         return Output(self.norm(x_BSD), tuple(routings))
@@ -141,25 +128,27 @@ def init_weights(model: Transformer, seed: int) -> Transformer:
 
     So the same seed gives the same model however the experts are sharded. Matrices are normal with
     `init_std`; those that write to the residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2).
+    Norms are ones; biases and attention sinks zeros.
     """
     std = model.config.init_std
     residual_std = std / math.sqrt(2 * model.config.num_layers)
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
-            scale = residual_std if module_name.endswith(("wo", "w_down")) or name == "w_down_eDF" else std
+            scale = residual_std if module_name.endswith(("wo", "w_out")) or name == "w_out_eDF" else std
             if isinstance(module, nn.RMSNorm):
                 parameter.fill_(1.0)
+            elif parameter.ndim == 1 or name.startswith("b_"):
+                parameter.zero_()
             elif isinstance(module, GroupedExperts):
                 for local, weight in enumerate(parameter):
                     _normal_(weight, scale, f"{seed}/{full_name}/{module.first_expert + local}")
             else:
                 _normal_(parameter, scale, f"{seed}/{full_name}")
-        if isinstance(module, TopKRouter):
-            module.load_fraction_E.fill_(1 / module.load_fraction_E.numel())
+        if isinstance(module, Router):
+            module.init_buffers(f"{seed}/{module_name}")
     return model
 
 
 def _normal_(tensor: Tensor, std: float, key: str) -> None:
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
-    tensor.copy_(torch.empty(tensor.shape).normal_(0.0, std, generator=generator))
+    tensor.copy_(torch.empty(tensor.shape).normal_(0.0, std, generator=seeded_generator(key)))

@@ -43,7 +43,7 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Send each token to the ranks of its K experts."""
-        by_expert = group_by_expert(routing.expert_ids_TK)
+        by_expert = group_by_expert(routing.expert_ids_TK, routing.kept_TK)
         sent_pe = routing.tokens_per_expert().view(self._group.size(), -1)
         received_pe = torch.empty_like(sent_pe)
         with self._clock.phase("dispatch"):

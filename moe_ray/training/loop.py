@@ -164,7 +164,6 @@ def _metrics(trainer: Trainer, done: int, lr: float, result: StepResult, interva
         "step_seconds": step_seconds,
         **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
         **interval.routing.metrics(result.num_tokens * interval.steps),
-        "dropped_fraction": 0.0,
         "memory_bytes": _memory_bytes(trainer.mesh.device),
         "world_size": trainer.mesh.world_size,
         "ep": trainer.mesh.ep,

@@ -1,21 +1,39 @@
-"""AdamW with decay on matrices only, and its learning-rate schedule."""
+"""AdamW with decay on matrices only, its learning-rate schedule, and what moves with each of its steps."""
 
 import math
 
 import torch
-from torch import nn
 
 from moe_ray.config import OptimConfig
+from moe_ray.models.top_k_router import TopKRouter
+from moe_ray.models.transformer import Transformer
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019); vectors, which here are norms, are not decayed."""
-    parameters = list(model.parameters())
+def build_optimizer(model: Transformer, optim: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov and Hutter 2019); norms, biases and sinks are not decayed.
+
+    Before each of its steps the expert biases move by the load in `load_fraction_E`, which is that of the global
+    batch (Wang et al. 2024): summed over the world and over accumulation, so that all ranks agree.
+    """
+    is_matrix = {name: p.ndim >= 2 and not name.rpartition(".")[2].startswith("b_") for name, p in _named(model)}
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in _named(model) if is_matrix[name]], "weight_decay": optim.weight_decay},
+        {"params": [p for name, p in _named(model) if not is_matrix[name]], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    routers = [moe.router for moe in model.moe_modules() if isinstance(moe.router, TopKRouter)]
+
+    def update_expert_biases(*_: object) -> None:
+        for router in routers:
+            router.update_expert_bias(router.load_fraction_E)
+
+    if any(router.expert_bias_E is not None for router in routers):
+        optimizer.register_step_pre_hook(update_expert_biases)
+    return optimizer
+
+
+def _named(model: Transformer) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(model.named_parameters())
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:

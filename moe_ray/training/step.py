@@ -12,10 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ray.analytics.routing import RoutingSums
-from moe_ray.config import Config, Dtype, ModelConfig
+from moe_ray.config import Config, Dtype
 from moe_ray.data.batches import MicroBatch
 from moe_ray.errors import TrainingError
-from moe_ray.models.losses import load_balancing_loss, next_token_loss, router_z_loss
+from moe_ray.models.losses import (
+    load_balancing_loss,
+    next_token_loss,
+    router_z_loss,
+    sequence_load_balancing_loss,
+)
 from moe_ray.models.router import Routing
 from moe_ray.models.transformer import Transformer
 from moe_ray.parallel.grads import clip_gradients, reduce_gradients
@@ -76,10 +81,10 @@ def train_step(trainer: Trainer, micro_batches: Iterable[MicroBatch], lr: float)
     with clock.phase("optimizer"):
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
         for moe, load_fraction_E in zip(trainer.model.moe_modules(), routing.load_fraction_LE, strict=True):
             moe.router.load_fraction_E.copy_(load_fraction_E)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
     return StepResult(loss, grad_norm.item(), routing, _tokens_per_step(trainer.config))
 
 
@@ -97,7 +102,7 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Iterable[MicroBatch]) 
         with clock.phase("forward"):
             logits_TV, routings = _forward(trainer.model, trainer.mesh, config.train.dtype, batch)
             loss = next_token_loss(logits_TV, batch.targets_BS.to(trainer.mesh.device).flatten(), num_tokens)
-            total = loss + auxiliary_losses(trainer.model, routings, num_tokens, config.model)
+            total = loss + auxiliary_losses(trainer.model, routings, len(batch.tokens_BS), num_tokens)
             routing.add(routings)
             loss_sum += loss.detach().double()
         with clock.phase("backward"):
@@ -106,18 +111,34 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Iterable[MicroBatch]) 
 
 
 def auxiliary_losses(
-    model: Transformer, routings: Iterable[Routing], num_tokens: int, config: ModelConfig
+    model: Transformer, routings: Iterable[Routing], num_sequences: int, num_tokens: int
 ) -> Tensor | float:
-    """Weighted load-balancing and z-losses, summed over layers (as Megatron-Core does).
+    """Weighted load-balancing and z-losses of a micro-batch, summed over layers (as Megatron-Core does).
 
-    The load in the balancing loss is that of the previous global batch: it is known before the forward pass,
-    so the loss is the same function of the parameters for any world size and any number of micro-batches.
+    The load in the balancing loss is by default that of the previous global batch: it is known before the
+    forward pass, so the loss is the same function of the parameters for any world size and any number of
+    micro-batches; that of each sequence is so too. That of the micro-batch (Fedus et al. 2021) depends on both.
+
+    Args:
+        num_sequences: sequences of the micro-batch.
+        num_tokens: tokens of the global batch.
     """
+    config = model.config
     total: Tensor | float = 0.0
     for moe, routing in zip(model.moe_modules(), routings, strict=True):
-        balance = load_balancing_loss(routing.probs_TE, moe.router.load_fraction_E, num_tokens)
+        probs_TE = routing.probs_TE
+        if not config.load_balancing_loss_weight:
+            balance: Tensor | float = 0.0
+        elif config.load_balancing_scope == "sequence":
+            balance = sequence_load_balancing_loss(probs_TE, routing.expert_ids_TK, num_sequences, num_tokens)
+        elif config.load_balancing_scope == "micro_batch":
+            load_E = routing.load().float()
+            balance = load_balancing_loss(probs_TE, load_E / load_E.sum().clamp(min=1), num_tokens)
+        else:
+            balance = load_balancing_loss(probs_TE, moe.router.load_fraction_E, num_tokens)
         total = total + config.load_balancing_loss_weight * balance
-        total = total + config.router_z_loss_weight * router_z_loss(routing.logits_TE, num_tokens)
+        if config.router_z_loss_weight and routing.logits_TE is not None:
+            total = total + config.router_z_loss_weight * router_z_loss(routing.logits_TE, num_tokens)
     return total
 
 

@@ -5,6 +5,8 @@ Shapes: S tokens of a step, D model dim, B sequences that get a token, V vocabul
 
 import torch
 
+from moe_ray.config import ModelConfig
+from moe_ray.errors import ConfigError
 from moe_ray.models.transformer import Transformer
 from moe_ray.serving.engine.cache import KVCache, make_layout
 from moe_ray.serving.engine.generation import Generation
@@ -42,6 +44,7 @@ class Engine:
         # The model may have more rows than there are tokens; those are never sampled.
         self._vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
         self._max_context = max_context
+        self._windows = frozenset(map(model.config.window, range(model.config.num_layers)))
         self._scheduler = Scheduler(max_batch_size, prefill_tokens)
         self._cache = KVCache(model.config, max_batch_size, max_context, weight.dtype, weight.device)
         self._generations: dict[str, Generation] = {}
@@ -99,10 +102,20 @@ class Engine:
         tokens: list[int] = []
         for span in spans:
             tokens += self._scheduler.active[span.slot].tokens[span.start : span.end]
-        layout = make_layout(spans, self._device)
+        layout = make_layout(spans, self._windows, self._device)
         tokens_1S = torch.tensor([tokens], device=self._device)
         caches = self._cache.views(layout)
         return self._model(tokens_1S, layout.position_T[None], caches).hidden_BSD[0]
+
+
+def check_causal(config: ModelConfig, allow_expert_choice: bool) -> None:
+    """Raise a ConfigError if generating would route otherwise than training did, unless that is asked for."""
+    if config.router == "expert_choice" and not allow_expert_choice:
+        raise ConfigError(
+            "model.router=expert_choice is not causal: experts pick tokens by looking at later ones, so token by "
+            "token the model routes otherwise than it was trained to.",
+            "set serve.allow_expert_choice=true to generate all the same.",
+        )
 
 
 def _last_rows(spans: list[Span], slots: list[int]) -> list[int]:
