@@ -243,3 +243,19 @@ def test_a_run_goes_on_with_another_world_and_is_served(name: str, tmp_path: Pat
     model = load_for_inference(tmp_path / "moved").model
     biases = [moe.router.expert_bias_E for moe in model.moe_modules() if hasattr(moe.router, "expert_bias_E")]
     assert all((bias_E is not None and bias_E.abs().max() > 0) == (name == "deepseek_v3") for bias_E in biases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["basic", "deepseek_v3", "gpt_oss"])
+def test_compiles_to_one_graph_with_equal_gradients(preset: str) -> None:
+    sizes = {"vocab_size": 128, "dim": 64, "num_layers": 2, "max_sequence_length": 64}
+    model = build_model(ModelConfig(preset=preset, **sizes), 0)
+    tokens_BS = torch.randint(128, (2, 32), generator=torch.Generator().manual_seed(0))
+    results = []
+    for function in (model, torch.compile(model, fullgraph=True)):
+        hidden_BSD = function(tokens_BS).hidden_BSD
+        loss = torch.nn.functional.cross_entropy(model.logits(hidden_BSD).flatten(0, 1), tokens_BS.flatten())
+        loss.backward()
+        results.append([hidden_BSD, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+        model.zero_grad()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)

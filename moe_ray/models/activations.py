@@ -7,6 +7,7 @@ Shapes: R rows, F hidden dim, G = 2 * F where gated (gate half first, then up ha
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +34,8 @@ def make_activation(config: ModelConfig) -> Activation:
     return _ACTIVATIONS[config.activation]
 
 
-def _gated(gate_forward: Callable[[Tensor], Tensor], gate_backward: Callable[..., Tensor]) -> Activation:
-    """f(gate) * up, for the derivative `gate_backward(grad, gate, out=...)` of f."""
+def _gated(gate_forward: Callable[[Tensor], Tensor], gate_backward: Any) -> Activation:
+    """f(gate) * up, for the operator `gate_backward` of f, which has a variant that writes to `grad_input`."""
 
     def forward(h_RG: Tensor) -> Tensor:
         gate_RF, up_RF = h_RG.chunk(2, dim=-1)
@@ -44,10 +45,13 @@ def _gated(gate_forward: Callable[[Tensor], Tensor], gate_backward: Callable[...
 
     def backward(da_RF: Tensor, h_RG: Tensor) -> Tensor:
         gate_RF, up_RF = h_RG.chunk(2, dim=-1)
+        if torch.compiler.is_compiling():
+            # The compiler fuses these, but does not write to parts of a tensor.
+            return torch.cat((gate_backward(da_RF * up_RF, gate_RF), da_RF * gate_forward(gate_RF)), dim=-1)
         dh_RG = torch.empty_like(h_RG)
         dgate_RF, dup_RF = dh_RG.chunk(2, dim=-1)
         torch.mul(da_RF, gate_forward(gate_RF), out=dup_RF)
-        gate_backward(da_RF.mul_(up_RF), gate_RF, grad_input=dgate_RF)
+        gate_backward.grad_input(da_RF.mul_(up_RF), gate_RF, grad_input=dgate_RF)
         return dh_RG
 
     return Activation(forward, backward)
@@ -83,8 +87,8 @@ def _relu2_backward(da_RF: Tensor, h_RF: Tensor) -> Tensor:
 
 _ACTIVATIONS = {
     # Shazeer 2020
-    "swiglu": _gated(F.silu, torch.ops.aten.silu_backward.grad_input),
-    "geglu": _gated(F.gelu, torch.ops.aten.gelu_backward.grad_input),
+    "swiglu": _gated(F.silu, torch.ops.aten.silu_backward),
+    "geglu": _gated(F.gelu, torch.ops.aten.gelu_backward),
     # Hendrycks and Gimpel 2016
     "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward),
     "relu": Activation(F.relu, _relu_backward),

@@ -7,11 +7,11 @@ e local experts.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ray.config import ModelConfig
 from moe_ray.models.activations import Activation, make_activation
+from moe_ray.models.grouped_mm import grouped_mm
 
 
 class GroupedExperts(nn.Module):
@@ -73,11 +73,11 @@ class _GroupedFeedForward(torch.autograd.Function):
         expert_R: Tensor | None,
         activation: Activation,
     ) -> Tensor:
-        h_RG = F.grouped_mm(x_RD, w_in_eGD.transpose(-2, -1), offs=ends_e)
+        h_RG = grouped_mm(x_RD, w_in_eGD.transpose(-2, -1), ends_e)
         if b_in_eG is not None and expert_R is not None:
             h_RG += b_in_eG.index_select(0, expert_R)
         a_RF = activation.forward(h_RG)
-        y_RD = F.grouped_mm(a_RF, w_out_eDF.transpose(-2, -1), offs=ends_e)
+        y_RD = grouped_mm(a_RF, w_out_eDF.transpose(-2, -1), ends_e)
         if b_out_eD is not None and expert_R is not None:
             y_RD += b_out_eD.index_select(0, expert_R)
         ctx.activation = activation
@@ -89,11 +89,11 @@ class _GroupedFeedForward(torch.autograd.Function):
         x_RD, w_in_eGD, w_out_eDF, ends_e, expert_R, h_RG, a_RF = ctx.saved_tensors
         dy_RD = grads[0].contiguous()
         num_experts = w_in_eGD.shape[0]
-        da_RF = F.grouped_mm(dy_RD, w_out_eDF, offs=ends_e)
-        dw_out_eDF = F.grouped_mm(dy_RD.t(), a_RF, offs=ends_e)
+        da_RF = grouped_mm(dy_RD, w_out_eDF, ends_e)
+        dw_out_eDF = grouped_mm(dy_RD.t(), a_RF, ends_e)
         dh_RG = ctx.activation.backward(da_RF, h_RG)
-        dw_in_eGD = F.grouped_mm(dh_RG.t(), x_RD, offs=ends_e)
-        dx_RD = F.grouped_mm(dh_RG, w_in_eGD, offs=ends_e)
+        dw_in_eGD = grouped_mm(dh_RG.t(), x_RD, ends_e)
+        dx_RD = grouped_mm(dh_RG, w_in_eGD, ends_e)
         db_in_eG = db_out_eD = None
         if expert_R is not None:
             db_in_eG = _sum_by_expert(dh_RG, expert_R, num_experts)

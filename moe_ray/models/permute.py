@@ -60,7 +60,8 @@ def pad_groups(permutation: Permutation, tokens_per_expert_E: Tensor, x_TD: Tens
     """
     num_rows, num_experts = permutation.order_N.numel(), tokens_per_expert_E.numel()
     is_slow = x_TD.device.type == "cpu" and x_TD.dtype == torch.bfloat16
-    if not is_slow or num_rows < _GROUP_MULTIPLE * num_experts:
+    # A compiled model cannot have shapes that depend on counts.
+    if not is_slow or num_rows < _GROUP_MULTIPLE * num_experts or torch.compiler.is_compiling():
         return permutation, tokens_per_expert_E
     padding_E = -tokens_per_expert_E % _GROUP_MULTIPLE
     shift_E = padding_E.cumsum(0) - padding_E
