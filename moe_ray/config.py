@@ -214,7 +214,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: the file is missing or no YAML mapping, or a setting is unknown, wrong or impossible.
     """
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = _StrictLoader(Path(path).read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         raise ConfigError(f"config file {str(path)!r} does not exist.", "give the path of a YAML file.") from None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -228,13 +228,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return build_config(tree or {}, overrides)
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"{key!r} stands twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def build_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Build a `Config` from nested dictionaries and overrides.
 
     Raises:
         ConfigError: a setting is unknown, wrong or impossible.
     """
-    merged = {name: dict(fields) if isinstance(fields, dict) else fields for name, fields in tree.items()}
+    # A section without fields is null in YAML.
+    sections = {name: {} if fields is None else fields for name, fields in tree.items()}
+    merged = {name: dict(fields) if isinstance(fields, dict) else fields for name, fields in sections.items()}
     for override in overrides:
         _apply_override(merged, override)
     try:
@@ -259,8 +272,6 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         with contextlib.suppress(ValueError):
             value = float(value)
     fields = tree.setdefault(section, {})
-    if fields is None:
-        fields = tree[section] = {}
     if not isinstance(fields, dict):
         raise ConfigError(f"section {section!r} is not a mapping.", f"write {section}: {{{field}: {text}}}.")
     fields[field] = value

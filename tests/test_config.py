@@ -21,6 +21,7 @@ from moe_ray.errors import ConfigError
         ("train.steps=1.5", "train.steps=1.5 .*integer"),
         ("train.steps=many", "train.steps='many' .*integer"),
         ("train.dtype=float8", "train.dtype='float8' .*bfloat16"),
+        ("train.steps=true", "train.steps=True is not allowed: input should be no truth value"),
         ("model.top_k=9", "model.top_k=9 .*8"),
         ("model.num_experts=1", "model.top_k=2 is more than model.num_experts=1"),
         ("parallel.ep=3", "parallel.ep=3 does not divide parallel.workers=1"),
@@ -59,7 +60,7 @@ def test_ep_must_divide_the_experts_even_if_it_divides_the_world() -> None:
 
 def test_overrides_are_yaml_and_beat_the_file(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text("train: {steps: 300, name: a}\ndata:\n")
+    path.write_text("train: {steps: 300, name: a}\ndata:\nparallel:\n")
     config = load_config(
         path, ["train.steps=200", "optim.lr=3e-4", "data.sources=[a.txt,b/*.md]", "data.path=null"]
     )
@@ -76,7 +77,13 @@ def test_the_resolved_config_reads_back_equal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), ("a: [", "cannot be read"), ("- 1\n", "not a mapping"), ("train: 3\n", "train=3")],
+    [
+        (None, "does not exist"),
+        ("a: [", "cannot be read"),
+        ("- 1\n", "not a mapping"),
+        ("train: 3\n", "train=3"),
+        ("train: {steps: 1, steps: 2}", "'steps' stands twice"),
+    ],
 )
 def test_unreadable_files(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "config.yaml"
