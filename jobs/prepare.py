@@ -11,12 +11,13 @@ from jobs.cli import run_job
 from moe_ray.config import Config
 from moe_ray.data.prepare import prepare
 from moe_ray.data.shards import SPLITS, Index, read_index
+from moe_ray.models.hf.resolve import resolve_model
 
 
 def main(config: Config) -> None:
     """Prepare `config.data` and print what it holds."""
     logging.basicConfig(level=config.telemetry.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    folder = prepare(config, progress=True)
+    folder = prepare(resolve_model(config), progress=True)
     print(table(read_index(folder)))
     print(folder)
 

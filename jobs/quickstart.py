@@ -24,6 +24,7 @@ from cluster.local import ClusterError, LocalCluster
 from jobs.cli import exit_on_error
 from moe_ray.config import Config, describe_settings, load_config
 from moe_ray.errors import MoeRayError
+from moe_ray.models.hf.resolve import resolve_model
 
 ROOT = Path(__file__).resolve().parents[1]
 _PROMPT = "And it came to pass in those days, that"
@@ -74,7 +75,7 @@ def main(arguments: list[str]) -> None:
     storage = Path(load_config(arguments[0], list(overrides.values())).train.storage).expanduser().resolve()
     # The job runs in another folder, from which a relative path leads elsewhere.
     overrides["train.storage"] = f"train.storage={storage}"
-    config = load_config(arguments[0], list(overrides.values()))
+    config = resolve_model(load_config(arguments[0], list(overrides.values())))
     cluster = LocalCluster(storage / "cluster")
     was_running = cluster.head() is not None
     _catch_signals()

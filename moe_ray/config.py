@@ -152,8 +152,8 @@ class ServeConfig(Section):
     )
     max_body_bytes: PositiveInt = Field(4_000_000, description="largest request body")
     dtype: Dtype = Field("float32", description="type of the weights and the KV cache")
-    allow_expert_choice: bool = Field(
-        False, description="generate with a router that is not causal, which routes otherwise than in training"
+    allow_unfaithful_routing: bool = Field(
+        False, description="generate with a router that routes otherwise token by token than it did in training"
     )
 
     @model_validator(mode="after")

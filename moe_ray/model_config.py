@@ -23,12 +23,23 @@ PositiveInt = Annotated[int, Field(gt=0, le=2**40)]
 Count = Annotated[int, Field(gt=0, le=65_536)]
 Width = Annotated[int, Field(gt=0, le=2**20)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Factor = Annotated[float, Field(gt=0, le=2**20)]
 
 Preset = Literal["basic", "custom", "switch", "mixtral", "glam", "olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss"]
 Activation = Literal["swiglu", "swigluoai", "geglu", "gelu", "relu", "relu2"]
 GATED: frozenset[Activation] = frozenset({"swiglu", "swigluoai", "geglu"})
 ROUTERS = ("top_k", "expert_choice", "hash", "forced_balance")
-# What a model is trained with but not made of: these may differ between a checkpoint and the run that loads it.
+# Settings without meaning for a router: they belong to the top-k router, and experts that choose are never full.
+_TOP_K_FIELDS = (
+    *("score_func", "softmax_after_top_k", "router_bias", "noisy_top_k"),
+    *("num_expert_groups", "num_limited_groups", "expert_bias"),
+)
+_MEANINGLESS = {
+    "hash": _TOP_K_FIELDS,
+    "forced_balance": _TOP_K_FIELDS,
+    "expert_choice": (*_TOP_K_FIELDS, "capacity_factor", "eval_capacity_factor"),
+}
+# What a model is trained with but not made of: a run may set these otherwise than the folder it starts from.
 TRAINING_FIELDS = frozenset(
     {
         "preset",
@@ -123,7 +134,9 @@ class ModelConfig(Section):
     qk_nope_head_dim: Width = Field(32, description="mla: part of a head without position")
     qk_rope_head_dim: Width = Field(16, description="mla: part of a head with rotary position")
     v_head_dim: Width = Field(32, description="mla: width of a value head")
-    rope_theta: PositiveFloat = Field(10_000.0, description="base of the rotary position frequencies")
+    rope_theta: Annotated[float, Field(gt=1)] = Field(
+        10_000.0, description="base of the rotary position frequencies"
+    )
     rope_interleaved: bool = Field(True, description="mla: rotate neighbouring dims instead of the two halves")
     rope_scaling: RopeScaling | None = Field(None, description="longer contexts: {type: yarn, factor: 4, …}")
 
@@ -155,12 +168,10 @@ class ModelConfig(Section):
     num_limited_groups: Count = Field(1, description="groups that a token may choose experts from")
     expert_bias: bool = Field(False, description="balance by a bias of each expert's score instead of a loss")
     expert_bias_update_rate: NonNegativeFloat = Field(0.001, description="change of the bias in a step")
-    capacity_factor: PositiveFloat | None = Field(
+    capacity_factor: Factor | None = Field(
         None, description="training: tokens an expert takes from a sequence over the mean; null: dropless"
     )
-    eval_capacity_factor: PositiveFloat | None = Field(
-        None, description="the same in evaluation; generation never drops"
-    )
+    eval_capacity_factor: Factor | None = Field(None, description="the same in evaluation; generation never drops")
     load_balancing_loss_weight: NonNegativeFloat = Field(0.01, description="weight of the load-balancing loss")
     load_balancing_scope: Literal["micro_batch", "sequence", "global_batch"] = Field(
         "global_batch", description="over what the load in the load-balancing loss is counted"
@@ -174,7 +185,9 @@ class ModelConfig(Section):
             return given
         # An unknown preset is refused by the field's type.
         preset = given.get("preset")
-        given = (PRESETS.get(preset, {}) if isinstance(preset, str) else {}) | given
+        base = PRESETS.get(preset, {}) if isinstance(preset, str) else {}
+        meaningless = _MEANINGLESS.get(str(given.get("router")), ())
+        given = {name: value for name, value in base.items() if name not in meaningless} | given
         if given.get("attention") == "mla":
             # Each head has keys of its own.
             given = {"num_kv_heads": given.get("num_heads", cls.model_fields["num_heads"].default)} | given
@@ -319,21 +332,22 @@ def _check_attention(model: ModelConfig) -> None:
             f"use one of {divisors(model.num_heads)}.",
         )
     if model.attention == "mla":
-        unused = {
-            "head_dim": model.head_dim is not None,
-            "qk_norm": model.qk_norm != "none",
-            "clip_qkv": model.clip_qkv is not None,
-            "num_kv_heads": model.num_kv_heads != model.num_heads,
-        }
-        for field in (name for name, is_set in unused.items() if is_set):
-            fix = f"set it to model.num_heads={model.num_heads}." if field == "num_kv_heads" else "leave it out."
-            raise ConfigError(
-                f"model.{field}={getattr(model, field)!r} has no meaning in model.attention=mla.", fix
-            )
+        allowed = {"head_dim": None, "qk_norm": "none", "clip_qkv": None, "num_kv_heads": model.num_heads}
+        for field, only in allowed.items():
+            if getattr(model, field) != only:
+                raise ConfigError(
+                    f"model.{field}={getattr(model, field)!r} has no meaning in model.attention=mla.",
+                    f"set it to {_yaml(only)}.",
+                )
     if model.full_attention_every and model.sliding_window is None:
         raise ConfigError(
             f"model.full_attention_every={model.full_attention_every} without model.sliding_window does nothing.",
-            "set model.sliding_window, or leave it out.",
+            "set model.sliding_window, or model.full_attention_every to 0.",
+        )
+    if model.full_attention_every == 1:
+        raise ConfigError(
+            f"model.sliding_window={model.sliding_window} with model.full_attention_every=1 does nothing.",
+            "set model.full_attention_every to 2 or more, or model.sliding_window to null.",
         )
 
 
@@ -369,18 +383,13 @@ def _check_router(model: ModelConfig) -> None:
             f"model.router={model.router!r} is unknown.",
             f"use one of {', '.join(ROUTERS)}, or your own as module:Class.",
         )
-    if model.router in ROUTERS and model.router != "top_k":
-        defaults = ModelConfig.model_fields
-        for field in ("score_func", "softmax_after_top_k", "router_bias", "noisy_top_k", "num_expert_groups",
-                      "expert_bias", "capacity_factor", "eval_capacity_factor"):  # fmt: skip
-            # Forced balance and hash routing can drop tokens too, and so show what dropping costs.
-            if "capacity" in field and model.router != "expert_choice":
-                continue
-            if getattr(model, field) != defaults[field].default:
-                raise ConfigError(
-                    f"model.{field}={getattr(model, field)!r} has no meaning with model.router={model.router}.",
-                    "leave it out, or use model.router=top_k.",
-                )
+    for field in _MEANINGLESS.get(model.router, ()):
+        value, default = getattr(model, field), ModelConfig.model_fields[field].default
+        if value != default:
+            raise ConfigError(
+                f"model.{field}={value!r} has no meaning with model.router={model.router}.",
+                f"set it to {_yaml(default)}, or use model.router=top_k.",
+            )
     if model.softmax_after_top_k and model.score_func != "softmax":
         raise ConfigError(
             "model.softmax_after_top_k=True with model.score_func=sigmoid has no softmax.", "set one of them."
@@ -399,6 +408,10 @@ def _check_router(model: ModelConfig) -> None:
             f"model.num_limited_groups={model.num_limited_groups} groups.",
             "raise model.num_limited_groups or lower model.top_k.",
         )
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower()
 
 
 def divisors(number: int) -> list[int]:

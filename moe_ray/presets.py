@@ -39,7 +39,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "expert_dim": 64,
         "route_norm": False,
         "qk_norm": "full",
-        "num_kv_heads": 4,
         "tie_embeddings": False,
     },
     # Yang et al. 2025; global-batch balancing

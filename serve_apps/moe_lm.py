@@ -1,17 +1,17 @@
-"""Serve a checkpoint over HTTP:
+"""Serve a checkpoint, or a model in a Hugging Face folder, over HTTP:
 
-serve run serve_apps.moe_lm:build checkpoint=RUN_OR_CHECKPOINT [serve.max_batch_size=8 …]
+serve run serve_apps.moe_lm:build checkpoint=RUN_OR_CHECKPOINT_OR_FOLDER [serve.max_batch_size=8 …]
 """
 
 import difflib
 
 from ray.serve import Application
 
-from moe_ray.checkpoint.catalog import resolve_checkpoint
+from moe_ray.checkpoint.inference import resolve_source
 from moe_ray.config import ServeConfig, build_config
 from moe_ray.errors import ConfigError
 from moe_ray.serving.deployment import make_application
-from moe_ray.serving.engine.engine import check_causal
+from moe_ray.serving.engine.engine import check_faithful
 
 _KEYS = ["checkpoint", *(f"serve.{field}" for field in ServeConfig.model_fields)]
 
@@ -32,8 +32,8 @@ def build(args: dict[str, str]) -> Application:
             raise ConfigError(f"unknown argument {key!r}.", f"did you mean {nearest!r}?")
     if not args.get("checkpoint"):
         raise ConfigError("the argument 'checkpoint' is missing.", "add checkpoint=RUN_OR_CHECKPOINT.")
-    path, manifest = resolve_checkpoint(args["checkpoint"], frozenset({"model", "tokenizer"}))
+    path, settings = resolve_source(args["checkpoint"])
     overrides = [f"{key}={value}" for key, value in args.items() if key != "checkpoint"]
-    config = build_config(manifest.config, overrides)
-    check_causal(config.model, config.serve.allow_expert_choice)
+    config = build_config(settings.model_dump(mode="json"), overrides)
+    check_faithful(config.model, config.serve.allow_unfaithful_routing)
     return make_application(str(path), config.serve)

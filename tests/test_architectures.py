@@ -18,10 +18,11 @@ from moe_ray.config import Config, ModelConfig, build_config
 from moe_ray.data.prepare import prepare
 from moe_ray.data.tokenizer import train_tokenizer
 from moe_ray.errors import ConfigError
+from moe_ray.models.attention import Pattern, attend_causally, window_mask
 from moe_ray.models.transformer import Transformer, build_model
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.presets import PRESETS
-from moe_ray.serving.engine.engine import Engine, check_causal
+from moe_ray.serving.engine.engine import Engine, check_faithful
 from moe_ray.serving.engine.request import Request, SamplingParams
 from moe_ray.telemetry.run_log import read_metrics
 from moe_ray.training.loop import train
@@ -100,9 +101,11 @@ def grouped_mm_flops(left_shape, right_shape, *_, out_shape=None, **__) -> int:
 @counted
 def test_flops_per_token_equal_the_counted_matmuls(config):
     batch, sequence = 2, 24
-    # Dropped tokens would be missing, and the key that stands for a sink would be one too many.
-    uncounted = {"capacity_factor": None, "attention_sinks": False}
-    model = build_model(config.model_copy(update=uncounted), seed=0)
+    # Dropped tokens would be missing, and the key for a sink and the padding of values would be too many.
+    exact = {"capacity_factor": None, "attention_sinks": False}
+    exact |= {"v_head_dim": config.qk_dim} if config.attention == "mla" else {}
+    config = config.model_copy(update=exact)
+    model = build_model(config, seed=0)
     tokens_BS = torch.randint(config.vocab_size, (batch, sequence))
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: grouped_mm_flops})
     # The math backend computes all S x S scores, as flops_per_token counts; fused causal ones skip half of them
@@ -135,8 +138,11 @@ def test_a_preset_is_where_settings_start():
         ({"num_expert_groups": 3, "num_limited_groups": 2}, "model.num_expert_groups=3 .* model.num_experts=8"),
         ({"num_expert_groups": 8, "num_limited_groups": 1}, "model.top_k=2 is more than the 1 experts"),
         ({"attention": "mla", "qk_norm": "head"}, "model.qk_norm='head' has no meaning in model.attention=mla"),
-        ({"attention": "mla", "num_kv_heads": 2}, "model.num_kv_heads=2 .* set it to model.num_heads=4"),
+        ({"attention": "mla", "num_kv_heads": 2}, "model.num_kv_heads=2 .* set it to 4"),
         ({"full_attention_every": 2}, "without model.sliding_window does nothing"),
+        ({"full_attention_every": 1, "sliding_window": 4}, "model.full_attention_every=1 does nothing"),
+        ({"capacity_factor": 1e30}, "model.capacity_factor=1e[+]30 is not allowed"),
+        ({"rope_theta": 1}, "model.rope_theta=1 is not allowed"),
         ({"shared_expert_gate": True}, "without shared experts"),
         ({"head_dim": 33}, "model.head_dim=33 is odd"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, "has no original_length"),
@@ -149,6 +155,29 @@ def test_impossible_architectures_are_refused(fields: dict[str, Any], message: s
     with pytest.raises(ConfigError, match=message) as error:
         build_config({"model": fields})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("router", ["hash", "forced_balance", "expert_choice"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_takes_every_router(preset: str, router: str) -> None:
+    build_model(ModelConfig(**SMALL, preset=preset, router=router), 0)
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_attention_sinks_take_part_in_the_softmax_and_bring_no_value(window: int | None) -> None:
+    torch.manual_seed(0)
+    heads, kv_heads, length, width = 4, 2, 33, 16
+    q, k, v = (torch.randn(2, h, length, width, requires_grad=True) for h in (heads, kv_heads, kv_heads))
+    sinks_H = torch.randn(heads, requires_grad=True)
+    scores = q @ k.repeat_interleave(2, 1).transpose(-1, -2) * 0.3
+    scores = scores.masked_fill(~window_mask(torch.arange(length), length, window), float("-inf"))
+    sinks = sinks_H.view(1, -1, 1, 1).expand(2, heads, length, 1)
+    expected = torch.cat((scores, sinks), -1).softmax(-1)[..., :-1] @ v.repeat_interleave(2, 1)
+    actual = attend_causally(q, k, v, Pattern(0.3, window, sinks_H))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+    grad, inputs = torch.randn_like(actual), (q, k, v, sinks_H)
+    grads = torch.autograd.grad(actual, inputs, grad)
+    torch.testing.assert_close(grads, torch.autograd.grad(expected, inputs, grad), atol=1e-4, rtol=1e-4)
 
 
 GENERATING = {preset: {"preset": preset} for preset in PRESETS if preset != "custom"} | {
@@ -195,10 +224,12 @@ def test_generation_in_a_batch_equals_full_forward_passes(fields: dict[str, Any]
 
 def test_expert_choice_generates_only_if_asked_to() -> None:
     config = ModelConfig(router="expert_choice")
-    with pytest.raises(ConfigError, match=r"not causal.*serve.allow_expert_choice=true"):
-        check_causal(config, allow_expert_choice=False)
-    check_causal(config, allow_expert_choice=True)
-    check_causal(ModelConfig(), allow_expert_choice=False)
+    with pytest.raises(ConfigError, match=r"not causal.*serve.allow_unfaithful_routing=true"):
+        check_faithful(config, allow_unfaithful_routing=False)
+    check_faithful(config, allow_unfaithful_routing=True)
+    with pytest.raises(ConfigError, match="routes by the place of a token"):
+        check_faithful(ModelConfig(router="forced_balance"), allow_unfaithful_routing=False)
+    check_faithful(ModelConfig(), allow_unfaithful_routing=False)
 
 
 def rank_main(rank: int, config: Config, data_dir: Path) -> None:

@@ -173,6 +173,16 @@ class TestSameTokens:
             result[1] in ("stop", "length") for result in run(engine, *[make_request(n, [4, 5]) for n in "ab"])
         )
 
+    def test_a_broken_text_leaves_nothing_behind(self, tokenizer, model):
+        broken = build_model(model.config.model_copy(update={"tie_embeddings": False}), seed=1).eval()
+        with torch.no_grad():
+            broken.embed.weight[63] = float("inf")
+        engine = Engine(broken, tokenizer, max_batch_size=2, max_context=MAX_CONTEXT)
+        assert run(engine, make_request("bad", [5] * 40 + [63]))[0][1] == "error"
+        # The first takes the slot of the broken one, the second is as long: the first is masked up to its length.
+        rest = [make_request("short", [5, 6, 7]), make_request("long", [8] * 50)]
+        assert all(result[1] != "error" for result in run(engine, *rest))
+
     def test_only_sampled_positions_get_logits(self, engine, model, monkeypatch):
         rows = []
         logits = model.logits

@@ -3,9 +3,12 @@
 Shapes: B batch, S sequence, T tokens (B*S), D model dim, E experts, K experts a token.
 """
 
+import dataclasses
+import importlib
 import math
 import re
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +84,9 @@ def test_expert_bias_chooses_but_does_not_weigh_and_moves_towards_balance():
     assert router(x_BSD, tokens_BS).expert_ids_TK.tolist() == [[2]]
     router.update_expert_bias(torch.tensor([0.0, 0.25, 0.5, 0.25]))
     torch.testing.assert_close(router.expert_bias_E, torch.tensor([0.001, 0.0, -0.001, 0.0]))
+    router.expert_bias_E.zero_()
+    router.update_expert_bias(torch.full((11,), 1 / 11)[:4] * 11 / 4)
+    assert router.expert_bias_E.tolist() == [0.0] * 4
     router.expert_bias_E[0] = 1.0
     routing = router(x_BSD, tokens_BS)
     assert routing.expert_ids_TK.tolist() == [[0]]
@@ -176,6 +182,7 @@ def choices(*ids: int, num_experts: int = 2) -> Routing:
 
 def test_capacity_keeps_the_first_tokens_of_each_sequence():
     assert expert_capacity(1.25, length=6, top_k=1, num_experts=4) == 2
+    assert expert_capacity(1.1, length=100, top_k=1, num_experts=10) == 11
     assert expert_capacity(0.1, length=1, top_k=1, num_experts=8) == 1
     limited = limit_capacity(choices(0, 0, 1, 0, 1, 1, 1, 0), batch=2, capacity=2)
     assert limited.kept_TK.flatten().tolist() == [True, True, True, False, True, True, False, True]
@@ -192,6 +199,14 @@ def test_a_later_token_never_takes_the_place_of_an_earlier_one():
     for length in (1, 7, 20):
         start = limit_capacity(choices(*ids[:length], num_experts=3), batch=1, capacity=4).kept_TK
         assert torch.equal(whole[:length], start)
+
+
+def test_capacity_counts_only_what_the_router_kept():
+    kept_T1 = torch.tensor([False, False, True, True])[:, None]
+    routing = dataclasses.replace(choices(0, 0, 0, 0), kept_TK=kept_T1, weights_TK=kept_T1.float())
+    limited = limit_capacity(routing, batch=1, capacity=1)
+    assert limited.kept_TK.flatten().tolist() == [False, False, True, False]
+    assert limited.num_dropped == 1
 
 
 def make_switch(**fields) -> tuple[MoE, Tensor, Tensor]:
@@ -327,12 +342,16 @@ class TestOwnRouter:
         model = build_model(config, 0)
         router = next(model.moe_modules()).router
         assert isinstance(router, Router)
-        output = model(torch.randint(50, (2, 16)))
-        (routing,) = output.routings
-        assert routing.load().sum() == 2 * 16 * 2
-        output.hidden_BSD.square().sum().backward()
-        auxiliary_losses(model, output.routings, 2, 32)
-        assert router.weight.grad.abs().sum() > 0
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                output = model(torch.randint(50, (2, 16)))
+            (routing,) = output.routings
+            assert routing.load().sum() == 2 * 16 * 2
+            assert routing.weights_TK.dtype == torch.float32
+            loss = output.hidden_BSD.square().sum() + auxiliary_losses(model, output.routings, 2, 32)
+            router.weight.grad = None
+            loss.backward()
+            assert router.weight.grad.abs().sum() > 0
 
     @pytest.mark.parametrize(
         ("router", "message"),
@@ -346,3 +365,67 @@ class TestOwnRouter:
     def test_what_is_no_router_is_refused(self, router, message):
         with pytest.raises(ConfigError, match=message):
             make_router(make_config(router=router))
+
+    @pytest.fixture
+    def misbehaving(self, tmp_path: Path, monkeypatch):
+        """Builds the model with a router that changes the `Routing` of the default one."""
+        code = """
+            import dataclasses
+            import torch
+            from torch import nn
+            from moe_ray.models.router import Router
+            from moe_ray.models.top_k_router import TopKRouter
+
+            class Changed(TopKRouter):
+                def forward(self, x_BSD, tokens_BS):
+                    return self.change(super().forward(x_BSD, tokens_BS))
+
+            class Forgetful(Router):
+                def __init__(self, config):
+                    super().__init__(config)
+                    self.norm = nn.LayerNorm(config.dim)
+                    self.register_buffer("gain", torch.ones(2))
+        """
+        (tmp_path / "misbehaving.py").write_text(textwrap.dedent(code))
+        monkeypatch.syspath_prepend(tmp_path)
+        yield importlib.import_module("misbehaving")
+        sys.modules.pop("misbehaving", None)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda r: (r.expert_ids_TK, r.weights_TK), "returned tuple instead of a Routing"),
+            (
+                lambda r: dataclasses.replace(r, expert_ids_TK=r.expert_ids_TK.int()),
+                "expert_ids_TK as torch.int32",
+            ),
+            (lambda r: dataclasses.replace(r, weights_TK=r.weights_TK[:-1]), "weights_TK as .* of shape"),
+            (lambda r: dataclasses.replace(r, probs_TE=r.probs_TE.bfloat16()), "probs_TE as torch.bfloat16"),
+            (lambda r: dataclasses.replace(r, expert_ids_TK=r.expert_ids_TK + 4), "outside 0 to 3"),
+            (lambda r: dataclasses.replace(r, weights_TK=r.weights_TK * math.nan), "not finite"),
+            (lambda r: dataclasses.replace(r, kept_TK=r.expert_ids_TK > 1), "not kept"),
+        ],
+    )
+    def test_a_wrong_routing_is_explained(self, misbehaving, change, message):
+        misbehaving.Changed.change = staticmethod(change)
+        model = build_model(make_config(router="misbehaving:Changed"), 0)
+        with pytest.raises(ConfigError, match=f"misbehaving:Changed.*{message}"):
+            model(torch.randint(50, (2, 16)))
+
+    def test_buffers_without_values_are_refused(self, misbehaving):
+        with pytest.raises(ConfigError, match="leaves its buffer gain without values"):
+            build_model(make_config(router="misbehaving:Forgetful"), 0)
+
+        def init_buffers(router, key):
+            Router.init_buffers(router, key)
+            router.gain.fill_(3.0)
+
+        misbehaving.Forgetful.init_buffers = init_buffers
+        router = next(build_model(make_config(router="misbehaving:Forgetful"), 0).moe_modules()).router
+        assert router.gain.tolist() == [3.0, 3.0]
+        assert (router.norm.weight == 1).all()
+        assert (router.norm.bias == 0).all()
+
+    def test_an_expert_bias_that_the_router_does_not_have_is_refused(self, example):
+        with pytest.raises(ConfigError, match=r"model.expert_bias=True has no meaning"):
+            build_model(make_config(router=example, expert_bias=True), 0)

@@ -57,7 +57,7 @@ class RoutingSums:
     @property
     def load_fraction_LE(self) -> Tensor:
         """Share of the routed (token, expert) pairs that fell to each expert; rows sum to 1."""
-        return self.tokens_per_expert_LE / self.tokens_per_expert_LE.sum(dim=1, keepdim=True)
+        return self.tokens_per_expert_LE / self.tokens_per_expert_LE.sum(dim=1, keepdim=True).clamp(min=1)
 
     def metrics(self, num_tokens: int) -> dict[str, float | int | list[float]]:
         """Statistics over the `num_tokens` tokens added: one number over all layers, and lists by layer.
@@ -78,7 +78,7 @@ class RoutingSums:
             "load_variance": variance_L.max().item(),
             "routing_entropy": entropy_L.mean().item(),
             "dead_experts": int(dead_L.sum()),
-            "dropped_fraction": (self.sums_LX[:, -3].sum() / self.tokens_per_expert_LE.sum()).item(),
+            "dropped_fraction": (self.sums_LX[:, -3].sum() / self.tokens_per_expert_LE.sum().clamp(min=1)).item(),
             "load_cv_by_layer": cv_L.tolist(),
             "load_variance_by_layer": variance_L.tolist(),
             "routing_entropy_by_layer": entropy_L.tolist(),
@@ -89,4 +89,4 @@ class RoutingSums:
 
 def load_cv(tokens_per_expert_LE: Tensor) -> Tensor:
     """Coefficient of variation of the load over experts, by layer: 0 is balanced, sqrt(E - 1) is collapse."""
-    return tokens_per_expert_LE.std(dim=1, correction=0) / tokens_per_expert_LE.mean(dim=1)
+    return tokens_per_expert_LE.std(dim=1, correction=0) / tokens_per_expert_LE.mean(dim=1).clamp(min=1e-9)

@@ -1,5 +1,7 @@
-"""Open a checkpoint to evaluate or serve it."""
+"""Open a checkpoint or a Hugging Face folder to evaluate, serve or export it."""
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,10 +9,14 @@ import torch
 
 from moe_ray.checkpoint.catalog import resolve_checkpoint
 from moe_ray.checkpoint.load import load_model
+from moe_ray.checkpoint.manifest import MANIFEST
 from moe_ray.checkpoint.save import TOKENIZER
-from moe_ray.config import Config, Dtype, build_config
+from moe_ray.config import Config, DataConfig, Dtype, build_config
 from moe_ray.data.tokenizer import Tokenizer, load_tokenizer
-from moe_ray.models.router import TopKRouter
+from moe_ray.models.hf.config import is_hf_folder
+from moe_ray.models.hf.load import load_weights, read_model_config, use_stored_dtypes
+from moe_ray.models.hf.sidecars import read_sidecars, token_ids
+from moe_ray.models.router import Router
 from moe_ray.models.transformer import Transformer, materialize
 
 
@@ -22,9 +28,9 @@ class InferenceModel:
         model: in evaluation mode, all experts on one device.
         tokenizer: the one it was trained with.
         config: the settings of its run.
-        step: optimizer steps it was trained for.
-        data_digest: identity of the tokens it was trained on.
-        path: the checkpoint directory.
+        step: optimizer steps it was trained for; 0 for a Hugging Face folder.
+        data_digest: identity of the tokens it was trained on; empty for a Hugging Face folder.
+        path: the checkpoint directory or the folder.
     """
 
     model: Transformer
@@ -41,26 +47,102 @@ class InferenceModel:
 
 
 def load_for_inference(
-    run_or_checkpoint: str | Path, dtype: Dtype = "float32", device: torch.device | str = "cpu"
+    source: str | Path, dtype: Dtype | None = "float32", device: torch.device | str = "cpu"
 ) -> InferenceModel:
-    """Load a checkpoint, or the newest good one of a run, without its optimizer state.
+    """Load a checkpoint, the newest good one of a run, or a Hugging Face folder.
 
     Routers stay in float32 whatever `dtype`: rounding them would route differently than training did.
 
+    Args:
+        source: folder of a run, of a checkpoint, or with a config.json and safetensors.
+        dtype: of all other weights; None: as they are stored.
+
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, or it is damaged, or its architecture is not supported.
     """
-    path, manifest = resolve_checkpoint(run_or_checkpoint, frozenset({"model", "tokenizer"}))
-    config = build_config(manifest.config)
+    opened = _open(source)
     with torch.device("meta"):
-        model = Transformer(config.model)
-    for module in model.modules():
-        if not isinstance(module, TopKRouter):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.to(getattr(torch, dtype))
+        model = Transformer(opened.config.model)
+    if dtype is not None:
+        _cast(model, getattr(torch, dtype))
+    elif opened.is_hf:
+        use_stored_dtypes(opened.path, model)
     materialize(model, device)
-    load_model(path, manifest, model)
+    for moe in model.moe_modules():
+        moe.router.init_buffers("")
+    opened.load(model)
     model.requires_grad_(False)
-    return InferenceModel(
-        model.eval(), load_tokenizer(path / TOKENIZER), config, manifest.step, manifest.data_digest, path
+    tokenizer = load_tokenizer(opened.path / TOKENIZER, opened.eos_id)
+    return InferenceModel(model.eval(), tokenizer, opened.config, opened.step, opened.data_digest, opened.path)
+
+
+def resolve_source(source: str | Path) -> tuple[Path, Config]:
+    """Folder and settings of what `load_for_inference` would load, verified.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    opened = _open(source)
+    return opened.path, opened.config
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """Settings of a model, and how to fill it."""
+
+    path: Path
+    config: Config
+    load: Callable[[Transformer], None]
+    is_hf: bool
+    eos_id: int | None = None
+    step: int = 0
+    data_digest: str = ""
+
+
+def _open(source: str | Path) -> _Opened:
+    folder = Path(source).expanduser().resolve()
+    is_checkpoint = (folder / MANIFEST).exists()
+    return _open_hf_folder(folder) if is_hf_folder(folder) and not is_checkpoint else _open_checkpoint(source)
+
+
+def _open_checkpoint(source: str | Path) -> _Opened:
+    path, manifest = resolve_checkpoint(source, frozenset({"model", "tokenizer", "sidecar"}))
+    config = build_config(manifest.config)
+    return _Opened(
+        path,
+        config,
+        lambda model: load_model(path, manifest, model),
+        is_hf=False,
+        step=manifest.step,
+        data_digest=manifest.data_digest,
     )
+
+
+def _open_hf_folder(folder: Path) -> _Opened:
+    """A folder says nothing of a run: its settings are the defaults, as far as the model allows."""
+    model = read_model_config(folder)
+    length = min(DataConfig().sequence_length, model.max_sequence_length)
+    config = build_config(
+        {
+            "model": model.model_dump(mode="json"),
+            "data": {"sequence_length": length, "tokenizer": str(folder / TOKENIZER)},
+            "train": {"name": re.sub(r"[^A-Za-z0-9._-]", "-", folder.name).lstrip("._-")[:100] or "model"},
+        }
+    )
+    # Chat models end a turn with a token of their own, the first if there are several.
+    eos_id = token_ids(read_sidecars(folder))["eos_token_id"]
+    eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
+    return _Opened(
+        folder,
+        config,
+        lambda model: load_weights(folder, model),
+        is_hf=True,
+        eos_id=eos_id if isinstance(eos_id, int) and eos_id < model.vocab_size else None,
+    )
+
+
+def _cast(model: Transformer, dtype: torch.dtype) -> None:
+    routers = {id(p) for m in model.modules() if isinstance(m, Router) for p in m.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in routers:
+            parameter.data = parameter.data.to(dtype)

@@ -10,6 +10,7 @@ from moe_ray.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+FileKind = Literal["model", "optimizer", "tokenizer", "sidecar"]
 
 
 class FileEntry(BaseModel):
@@ -17,7 +18,7 @@ class FileEntry(BaseModel):
 
     Attributes:
         name: file name inside the checkpoint directory.
-        kind: what it holds; `model` files are all that inference reads.
+        kind: what it holds; inference reads `model` and `tokenizer`, `sidecar` files only go along for export.
         size: bytes.
         sha256: hex digest of the content.
         first_expert: global index of the first expert in the file; None for parameters that are not experts.
@@ -27,7 +28,7 @@ class FileEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    kind: Literal["model", "optimizer", "tokenizer"]
+    kind: FileKind
     size: int
     sha256: str
     first_expert: int | None = None
@@ -64,7 +65,7 @@ class Manifest(BaseModel):
 
 def describe_file(
     path: Path,
-    kind: Literal["model", "optimizer", "tokenizer"],
+    kind: FileKind,
     first_expert: int | None = None,
     num_experts: int = 0,
 ) -> FileEntry:

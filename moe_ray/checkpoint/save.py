@@ -6,7 +6,8 @@ another's share, and any other world can read its own.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,24 @@ TOKENIZER = "tokenizer.json"
 _ENTRIES = TypeAdapter(list[FileEntry])
 
 
+@dataclass(frozen=True)
+class _SmallFiles:
+    """What a checkpoint holds beside tensors."""
+
+    tokenizer_file: Path
+    sidecars: Mapping[str, bytes]
+
+    def write(self, staging: Path) -> list[FileEntry]:
+        shutil.copyfile(self.tokenizer_file, staging / TOKENIZER)
+        for name, content in self.sidecars.items():
+            (staging / name).write_bytes(content)
+        entries = [describe_file(staging / TOKENIZER, "tokenizer")]
+        entries += [describe_file(staging / name, "sidecar") for name in self.sidecars]
+        for entry in entries:
+            _sync(staging / entry.name)
+        return entries
+
+
 def save_checkpoint(
     config: Config,
     mesh: Mesh,
@@ -37,6 +56,7 @@ def save_checkpoint(
     *,
     step: int,
     data_digest: str,
+    sidecars: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Save the training state after `step` optimizer steps; all ranks call it.
 
@@ -45,6 +65,7 @@ def save_checkpoint(
     Args:
         tokenizer_file: copied into the checkpoint, which so holds all that serving needs.
         data_digest: identity of the training tokens, to be compared on resume.
+        sidecars: small files by name that came with the weights that the run started from, for export.
 
     Returns:
         The checkpoint directory.
@@ -54,8 +75,9 @@ def save_checkpoint(
     """
     staging = staging_path(config.train.run_dir, step)
     final = checkpoint_path(config.train.run_dir, step)
+    small_files = _SmallFiles(tokenizer_file, sidecars or {})
     _all_ranks(mesh, staging, lambda: _prepare(staging, mesh))
-    _all_ranks(mesh, staging, lambda: _write_share(staging, mesh, model, optimizer, tokenizer_file))
+    _all_ranks(mesh, staging, lambda: _write_share(staging, mesh, model, optimizer, small_files))
     _all_ranks(mesh, staging, lambda: _publish(staging, final, config, mesh, step, data_digest))
     return final
 
@@ -86,7 +108,7 @@ def _prepare(staging: Path, mesh: Mesh) -> None:
 
 
 def _write_share(
-    staging: Path, mesh: Mesh, model: Transformer, optimizer: torch.optim.Optimizer, tokenizer_file: Path
+    staging: Path, mesh: Mesh, model: Transformer, optimizer: torch.optim.Optimizer, small_files: _SmallFiles
 ) -> None:
     entries = []
     kinds: tuple[Literal["model", "optimizer"], ...] = ("model", "optimizer")
@@ -101,9 +123,7 @@ def _write_share(
             _write_tensors(split.experts, path)
             entries.append(describe_file(path, kind, first, count))
     if mesh.rank == 0:
-        shutil.copyfile(tokenizer_file, staging / TOKENIZER)
-        _sync(staging / TOKENIZER)
-        entries.append(describe_file(staging / TOKENIZER, "tokenizer"))
+        entries += small_files.write(staging)
     _entries_path(staging, mesh.rank).write_bytes(_ENTRIES.dump_json(entries))
 
 

@@ -10,7 +10,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from moe_ray.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
-_END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>")
+_END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<｜end▁of▁sentence｜>")  # noqa: RUF001
 # One end-of-text token and the 256 bytes, which make every text encodable.
 MIN_VOCAB_SIZE = 257
 # Qwen2's: contractions, words with the space before them, single digits, punctuation, newlines, and
@@ -32,15 +32,18 @@ class Tokenizer:
         vocab_size: ids are in [0, vocab_size).
     """
 
-    def __init__(self, serialized: str) -> None:
+    def __init__(self, serialized: str, eos_id: int | None = None) -> None:
         """Read the content of a `tokenizer.json`.
+
+        Args:
+            eos_id: the token that ends a text; default: the one with a usual name.
 
         Raises:
             DataError: it is no tokenizer or has no end-of-text token.
         """
         self._serialized = serialized
         self._backend = _parse(serialized)
-        self.eos_id = _find_end_of_text(self._backend)
+        self.eos_id = _find_end_of_text(self._backend) if eos_id is None else eos_id
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
@@ -78,8 +81,8 @@ class Tokenizer:
         path.write_text(self._serialized, encoding="utf-8")
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read a `tokenizer.json`.
+def load_tokenizer(path: str | Path, eos_id: int | None = None) -> Tokenizer:
+    """Read a `tokenizer.json`, whose end-of-text token is the one with a usual name, unless `eos_id` is given.
 
     Raises:
         DataError: it is missing, unreadable, no tokenizer or has no end-of-text token.
@@ -90,7 +93,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DataError(f"tokenizer {str(path)!r} cannot be read: {reason}.", "give a tokenizer.json.") from None
     try:
-        return Tokenizer(serialized)
+        return Tokenizer(serialized, eos_id)
     except DataError as error:
         raise DataError(f"tokenizer {str(path)!r}: {error.problem}", error.fix) from None
 

@@ -143,7 +143,10 @@ def attend_causally(q_BHSC: Tensor, k_BhSC: Tensor, v_BhSU: Tensor, pattern: Pat
     mask_SS = None
     if pattern.window is not None and pattern.window < length:
         mask_SS = window_mask(torch.arange(length, device=q_BHSC.device), length, pattern.window)
-    return attend(q_BHSC, k_BhSC, v_BhSU, mask_SS, pattern, is_causal=True)
+    # Fused kernels want one width for all; without them the scores of all pairs would be in memory.
+    v_width = v_BhSU.shape[3]
+    v_BhSC = F.pad(v_BhSU, (0, max(0, q_BHSC.shape[3] - v_width)))
+    return attend(q_BHSC, k_BhSC, v_BhSC, mask_SS, pattern, is_causal=True)[..., :v_width]
 
 
 def window_mask(positions_S: Tensor, num_keys: int, window: int | None) -> Tensor:
@@ -162,22 +165,45 @@ def attend(
         mask: bool, broadcastable to [B, H, S, L]; None: every key, or with `is_causal` those up to the query.
         pattern: its window is the caller's business.
     """
-    scale, grouped = pattern.scale, q_BHSC.shape[1] != k_BhLC.shape[1]
-    if pattern.sinks_H is None:
-        is_causal = is_causal and mask is None
-        return F.scaled_dot_product_attention(
-            q_BHSC, k_BhLC, v_BhLU, mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
-        )
-    # One more key of zeros, whose score is the sink through the mask, and whose value is zero.
-    num_queries, num_keys = q_BHSC.shape[2], k_BhLC.shape[2]
-    if mask is None:
-        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BHSC.device)
-        mask = mask.tril() if is_causal else mask
-    scores = torch.zeros_like(mask, dtype=q_BHSC.dtype).masked_fill_(~mask, float("-inf"))
-    sinks = pattern.sinks_H.to(q_BHSC.dtype).view(1, q_BHSC.shape[1], -1, 1)
-    while scores.ndim < 4:
-        scores = scores.unsqueeze(0)
-    shape = (scores.shape[0], q_BHSC.shape[1], num_queries)
-    bias = torch.cat((scores.expand(*shape, num_keys), sinks.expand(*shape, 1)), dim=-1)
-    k_BhLC, v_BhLU = F.pad(k_BhLC, (0, 0, 0, 1)), F.pad(v_BhLU, (0, 0, 0, 1))
-    return F.scaled_dot_product_attention(q_BHSC, k_BhLC, v_BhLU, bias, scale=scale, enable_gqa=grouped)
+    if pattern.sinks_H is not None:
+        return _attend_with_sinks(q_BHSC, k_BhLC, v_BhLU, mask, pattern.sinks_H, pattern.scale, is_causal)
+    is_causal = is_causal and mask is None
+    grouped = q_BHSC.shape[1] != k_BhLC.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHSC, k_BhLC, v_BhLU, mask, is_causal=is_causal, scale=pattern.scale, enable_gqa=grouped
+    )
+
+
+def _attend_with_sinks(
+    q_BHSC: Tensor,
+    k_BhLC: Tensor,
+    v_BhLU: Tensor,
+    mask: Tensor | None,
+    sinks_H: Tensor,
+    scale: float,
+    is_causal: bool,
+) -> Tensor:
+    """Attention with one more key in front, whose score is the sink and whose value is zero.
+
+    The score is a product like the others: one more dim holds the sink in queries and a one in that key. So
+    the fused kernels do it all, where a bias of the scores would take memory for each pair of tokens.
+    """
+    num_heads, width, extra = q_BHSC.shape[1], q_BHSC.shape[3], 8
+    sinks = (sinks_H / scale).to(q_BHSC.dtype).view(1, num_heads, -1, 1)
+    sinks = F.pad(sinks, (0, extra - 1)).expand(*q_BHSC.shape[:3], extra)
+    q_BHSC = torch.cat((q_BHSC, sinks), dim=-1)
+    k_BhLC = F.pad(k_BhLC, (0, extra, 1, 0))
+    k_BhLC[:, :, 0, width] = 1
+    v_width = v_BhLU.shape[3]
+    v_BhLU = F.pad(v_BhLU, (0, width + extra - v_width, 1, 0))
+    grouped = num_heads != k_BhLC.shape[1]
+    if is_causal and mask is None:
+        # A query in front for the key in front, so that each sees as many keys as there are queries up to it.
+        q_BHSC = F.pad(q_BHSC, (0, 0, 1, 0))
+        o = F.scaled_dot_product_attention(
+            q_BHSC, k_BhLC, v_BhLU, is_causal=True, scale=scale, enable_gqa=grouped
+        )[:, :, 1:]
+    else:
+        mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        o = F.scaled_dot_product_attention(q_BHSC, k_BhLC, v_BhLU, mask, scale=scale, enable_gqa=grouped)
+    return o[..., :v_width]

@@ -13,7 +13,8 @@ from moe_ray.models.router import Routing
 
 def expert_capacity(capacity_factor: float, length: int, top_k: int, num_experts: int) -> int:
     """Tokens that an expert takes from a sequence of `length`: capacity_factor times the mean, rounded up."""
-    return max(1, math.ceil(capacity_factor * length * top_k / num_experts))
+    # 1.1 * 100 / 10 is a little more than 11 in floating point.
+    return max(1, math.ceil(capacity_factor * length * top_k / num_experts - 1e-9))
 
 
 def limit_capacity(routing: Routing, batch: int, capacity: int) -> Routing:
@@ -24,7 +25,10 @@ def limit_capacity(routing: Routing, batch: int, capacity: int) -> Routing:
     batch size, accumulation and world size, and no token is dropped because of one that follows it.
     """
     num_experts = routing.num_experts
-    ids_N = routing.expert_ids_TK.flatten()
+    ids_TK = routing.expert_ids_TK
+    if routing.kept_TK is not None:
+        ids_TK = ids_TK.masked_fill(~routing.kept_TK, num_experts)
+    ids_N = ids_TK.flatten()
     sequences_N = torch.arange(batch, device=ids_N.device).repeat_interleave(ids_N.numel() // max(1, batch))
     # One queue for each sequence and expert, and one more for pairs without an expert.
     queues_N = sequences_N * (num_experts + 1) + ids_N
@@ -34,10 +38,11 @@ def limit_capacity(routing: Routing, batch: int, capacity: int) -> Routing:
     starts = lengths.cumsum(0) - lengths
     position_N = torch.empty_like(order_N)
     position_N[order_N] = torch.arange(order_N.numel(), device=ids_N.device) - starts[queues_N[order_N]]
-    kept_TK = (position_N < capacity).view_as(routing.expert_ids_TK) & (routing.expert_ids_TK < num_experts)
+    kept_TK = (position_N < capacity).view_as(ids_TK) & (ids_TK < num_experts)
+    num_dropped = (ids_TK < num_experts).sum() - kept_TK.sum()
     return dataclasses.replace(
         routing,
         weights_TK=routing.weights_TK * kept_TK,
         kept_TK=kept_TK,
-        num_dropped=(routing.expert_ids_TK < num_experts).sum() - kept_TK.sum(),
+        num_dropped=num_dropped if routing.num_dropped is None else num_dropped + routing.num_dropped,
     )

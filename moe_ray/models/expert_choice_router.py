@@ -32,9 +32,8 @@ class ExpertChoiceRouter(Router):
         config, num_experts = self.config, self.config.num_experts
         batch, length = tokens_BS.shape
         capacity = min(length, math.ceil(config.top_k * length / num_experts))
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            logits_TE = F.linear(x_BSD.flatten(0, 1).float(), self.weight.float())
-            probs_TE = logits_TE.softmax(dim=-1)
+        logits_TE = F.linear(x_BSD.flatten(0, 1), self.weight.float())
+        probs_TE = logits_TE.softmax(dim=-1)
         probs_BSE = probs_TE.detach().view(batch, length, num_experts)
         taken_BCE = probs_BSE.topk(capacity, dim=1).indices
         chosen_TE = torch.zeros_like(probs_BSE, dtype=torch.bool).scatter_(1, taken_BCE, True).flatten(0, 1)

@@ -52,9 +52,8 @@ class ForcedBalanceRouter(Router):
     def forward(self, x_BSD: Tensor, tokens_BS: Tensor) -> Routing:
         """Route by position; the weights are functions of the hidden states, so that all gradients exist."""
         config = self.config
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            logits_TE = F.linear(x_BSD.flatten(0, 1).float(), self.weight.float())
-            probs_TE = logits_TE.softmax(dim=-1)
+        logits_TE = F.linear(x_BSD.flatten(0, 1), self.weight.float())
+        probs_TE = logits_TE.softmax(dim=-1)
         batch, length = tokens_BS.shape
         pairs_SK = torch.arange(length * config.top_k, device=x_BSD.device).view(length, config.top_k)
         expert_ids_TK = (pairs_SK % config.num_experts).repeat(batch, 1)

@@ -18,7 +18,7 @@ from moe_ray.models.experts import GroupedExperts
 from moe_ray.models.feed_forward import FeedForward
 from moe_ray.models.fixed_routers import ForcedBalanceRouter, HashRouter
 from moe_ray.models.permute import Permutation, group_by_expert, pad_groups, permute, unpermute
-from moe_ray.models.router import Router, Routing
+from moe_ray.models.router import Router, Routing, check_routing
 from moe_ray.models.top_k_router import TopKRouter
 
 _ROUTERS: dict[str, type[Router]] = {
@@ -101,7 +101,10 @@ class MoE(nn.Module):
             dropless: whether to ignore the capacity, as generation does: a token that comes alone has no
                 sequence that its expert could be full of.
         """
-        routing = self.router(x_BSD, tokens_BS)
+        with torch.autocast(x_BSD.device.type, enabled=False):
+            routing = self.router(x_BSD.float(), tokens_BS)
+        if self.config.router not in _ROUTERS:
+            check_routing(routing, self.config.router, tokens_BS.numel(), self.config.num_experts)
         factor = self.config.capacity_factor if self.training else self.config.eval_capacity_factor
         if factor is not None and not dropless:
             batch, length = tokens_BS.shape
@@ -144,5 +147,10 @@ def make_router(config: ModelConfig) -> Router:
         raise ConfigError(
             f"model.router={config.router!r} is no subclass of moe_ray.models.router.Router.",
             "derive the class from it.",
+        )
+    if config.expert_bias and not issubclass(router, TopKRouter):
+        raise ConfigError(
+            f"model.expert_bias=True has no meaning with model.router={config.router!r}, which has no such bias.",
+            "leave it out, or derive the class from moe_ray.models.top_k_router.TopKRouter.",
         )
     return router(config)

@@ -5,11 +5,13 @@ Shapes: B batch, S sequence, T tokens (B*S), D model dim, E experts, K experts a
 
 import hashlib
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from moe_ray.config import ModelConfig
+from moe_ray.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,13 @@ def _count(ids: Tensor, num_experts: int) -> Tensor:
 class Router(nn.Module):
     """Base of all routers. A user's own is a subclass, named by `model.router: module:Class`.
 
-    It is built with the model's settings, registers its parameters, and maps hidden states to a `Routing`.
-    Parameters of two dims are initialised like all matrices of the model, those of one dim with zeros.
+    It is built with the model's settings, registers its parameters, and maps hidden states to a `Routing`. It
+    runs in float32 whatever the type of the model: a lower precision flips choices between nearly equal experts,
+    so that training and serving would differ. A token must be routed by what it is itself, for in generation the
+    tokens of a pass belong to different sequences.
+
+    Built without memory, it gets its values afterwards: matrices like all of the model, norms ones, other vectors
+    and scalars zeros, buffers what `init_buffers` sets.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -73,14 +80,58 @@ class Router(nn.Module):
         """Route T = B * S tokens.
 
         Args:
-            x_BSD: normalised hidden states, of any float dtype; B may be 0.
+            x_BSD: normalised hidden states, float32; B may be 0.
             tokens_BS: token ids, int64.
         """
         raise NotImplementedError
 
     def init_buffers(self, key: str) -> None:
-        """Set the buffers; random ones from `seeded_generator(key)`, so that all ranks agree."""
+        """Set all buffers, and parameters that should start otherwise.
+
+        Random ones come from `seeded_generator(key)`, so that all ranks agree.
+        """
         self.load_fraction_E.fill_(1 / self.load_fraction_E.numel())
+
+
+def check_routing(routing: Routing, router: str, num_tokens: int, num_experts: int) -> None:
+    """Whether what a user's own router returned can be dispatched.
+
+    Raises:
+        ConfigError: it has a wrong shape or type, experts that do not exist, or weights that are not finite.
+    """
+
+    def fail(problem: str) -> NoReturn:
+        raise ConfigError(
+            f"model.router={router!r} returned {problem}.", "see docs/routers.md for what it must return."
+        )
+
+    if not isinstance(routing, Routing):
+        fail(f"{type(routing).__name__} instead of a Routing")
+    table = tuple(routing.expert_ids_TK.shape)
+    expected = {
+        "logits_TE": ((num_tokens, num_experts), torch.float32),
+        "probs_TE": ((num_tokens, num_experts), torch.float32),
+        "expert_ids_TK": ((num_tokens, *table[1:2]), torch.int64),
+        "weights_TK": (table, torch.float32),
+        "kept_TK": (table, torch.bool),
+    }
+    for name, (shape, dtype) in expected.items():
+        tensor = getattr(routing, name)
+        is_optional = name in ("logits_TE", "kept_TK")
+        if tensor is None and is_optional:
+            continue
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            found = (
+                f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+            )
+            fail(f"{name} as {found} instead of {dtype} of shape {shape}")
+    reached_TK = routing.expert_ids_TK if routing.kept_TK is None else routing.expert_ids_TK[routing.kept_TK]
+    if ((reached_TK < 0) | (reached_TK >= num_experts)).any() or (routing.expert_ids_TK < 0).any():
+        fail(f"expert_ids_TK outside 0 to {num_experts - 1} for pairs that are kept")
+    if not routing.weights_TK.isfinite().all():
+        fail("weights_TK that are not finite")
+    if routing.kept_TK is not None and (routing.weights_TK[~routing.kept_TK] != 0).any():
+        fail("weights_TK other than 0 for pairs that are not kept")
 
 
 def seeded_generator(key: str) -> torch.Generator:

@@ -12,9 +12,7 @@ from moe_ray.models.router import Router, Routing
 
 
 class TopKRouter(Router):
-    """Top-k of softmax or sigmoid scores, always computed in float32.
-
-    A lower precision flips choices between nearly equal experts, so that training and serving would differ.
+    """Top-k of softmax or sigmoid scores.
 
     By setting:
         `route_norm`: weights of the chosen rescaled to sum 1 (Mixtral, Jiang et al. 2024).
@@ -44,22 +42,21 @@ class TopKRouter(Router):
     def forward(self, x_BSD: Tensor, tokens_BS: Tensor) -> Routing:
         """Route by content; the token ids take no part."""
         config = self.config
-        with torch.autocast(x_BSD.device.type, enabled=False):
-            logits_TE = self._logits(x_BSD.flatten(0, 1).float())
-            if config.score_func == "sigmoid":
-                scores_TE = logits_TE.sigmoid()
-                probs_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
-            else:
-                scores_TE = probs_TE = logits_TE.softmax(dim=-1)
-            expert_ids_TK = self._choose(scores_TE)
-            if config.softmax_after_top_k:
-                weights_TK = logits_TE.gather(1, expert_ids_TK).softmax(dim=-1)
-            else:
-                weights_TK = scores_TE.gather(1, expert_ids_TK)
-            if config.route_norm:
-                weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-            if config.route_scale != 1:
-                weights_TK = weights_TK * config.route_scale
+        logits_TE = self._logits(x_BSD.flatten(0, 1))
+        if config.score_func == "sigmoid":
+            scores_TE = logits_TE.sigmoid()
+            probs_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
+        else:
+            scores_TE = probs_TE = logits_TE.softmax(dim=-1)
+        expert_ids_TK = self._choose(scores_TE)
+        if config.softmax_after_top_k:
+            weights_TK = logits_TE.gather(1, expert_ids_TK).softmax(dim=-1)
+        else:
+            weights_TK = scores_TE.gather(1, expert_ids_TK)
+        if config.route_norm:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        if config.route_scale != 1:
+            weights_TK = weights_TK * config.route_scale
         return Routing(logits_TE, probs_TE, expert_ids_TK, weights_TK)
 
     def init_buffers(self, key: str) -> None:
@@ -72,8 +69,10 @@ class TopKRouter(Router):
     def update_expert_bias(self, load_fraction_E: Tensor) -> None:
         """Raise the bias of experts below the mean load of a step by the update rate, lower that of the others."""
         if self.expert_bias_E is not None:
-            missing_E = load_fraction_E.mean() - load_fraction_E
-            self.expert_bias_E += self.config.expert_bias_update_rate * missing_E.sign()
+            missing_E = 1 - load_fraction_E * load_fraction_E.numel()
+            # An expert with the mean load stays where it is, although 1 / E is rounded.
+            direction_E = missing_E.sign() * (missing_E.abs() > 1e-5)
+            self.expert_bias_E += self.config.expert_bias_update_rate * direction_E
 
     def _logits(self, x_TD: Tensor) -> Tensor:
         if self.training and self.config.router_jitter:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ray.config import ModelConfig
+from moe_ray.errors import ConfigError
 from moe_ray.models.attention import Attention, LatentAttention, LayerCache
 from moe_ray.models.experts import GroupedExperts
 from moe_ray.models.feed_forward import FeedForward
@@ -118,7 +119,9 @@ def materialize(model: Transformer, device: torch.device | str) -> Transformer:
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             setattr(module, name, nn.Parameter(empty))
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+            # Values that nobody sets show, those of floating point at least.
+            fill = math.nan if buffer.is_floating_point() else 0
+            setattr(module, name, torch.full(buffer.shape, fill, dtype=buffer.dtype, device=device))
     return model
 
 
@@ -136,18 +139,29 @@ def init_weights(model: Transformer, seed: int) -> Transformer:
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
             scale = residual_std if module_name.endswith(("wo", "w_out")) or name == "w_out_eDF" else std
-            if isinstance(module, nn.RMSNorm):
+            if isinstance(module, nn.RMSNorm | nn.LayerNorm) and name == "weight":
                 parameter.fill_(1.0)
-            elif parameter.ndim == 1 or name.startswith("b_"):
+            elif parameter.ndim <= 1 or name.startswith("b_"):
                 parameter.zero_()
             elif isinstance(module, GroupedExperts):
                 for local, weight in enumerate(parameter):
                     _normal_(weight, scale, f"{seed}/{full_name}/{module.first_expert + local}")
             else:
                 _normal_(parameter, scale, f"{seed}/{full_name}")
+    for module_name, module in model.named_modules():
         if isinstance(module, Router):
             module.init_buffers(f"{seed}/{module_name}")
+            _check_buffers(module, model.config.router)
     return model
+
+
+def _check_buffers(router: Router, name: str) -> None:
+    for buffer_name, buffer in router.named_buffers():
+        if buffer.is_floating_point() and buffer.isnan().any():
+            raise ConfigError(
+                f"model.router={name!r} leaves its buffer {buffer_name} without values.",
+                "set it in the method init_buffers: values given in the constructor do not last.",
+            )
 
 
 def _normal_(tensor: Tensor, std: float, key: str) -> None:

@@ -14,7 +14,7 @@ from moe_ray.config import ServeConfig
 from moe_ray.data.tokenizer import Tokenizer
 from moe_ray.errors import DataError, RequestError
 from moe_ray.serving import api
-from moe_ray.serving.engine.engine import Engine, check_causal
+from moe_ray.serving.engine.engine import Engine, check_faithful
 from moe_ray.serving.engine.request import Chunk, Request
 from moe_ray.serving.engine.thread import EngineThread, Stream
 
@@ -31,7 +31,7 @@ class CompletionService:
     """
 
     def __init__(self, model: InferenceModel, config: ServeConfig) -> None:
-        check_causal(model.config.model, config.allow_expert_choice)
+        check_faithful(model.config.model, config.allow_unfaithful_routing)
         self._name = model.name
         self._tokenizer = model.tokenizer
         self._max_context = config.max_context or model.config.model.max_sequence_length

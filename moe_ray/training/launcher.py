@@ -13,11 +13,13 @@ from ray.train import LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from moe_ray.checkpoint.catalog import newest_good
-from moe_ray.config import Config, ParallelConfig, build_config, to_yaml
+from moe_ray.config import Config, ModelConfig, ParallelConfig, build_config, to_yaml
 from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.data.prepare import prepare
 from moe_ray.data.shards import read_index
 from moe_ray.errors import ConfigError, MoeRayError, StorageError, TrainingError
+from moe_ray.models.hf.resolve import resolve_model
+from moe_ray.models.moe import make_router
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.progress import show_progress
@@ -36,7 +38,8 @@ def run_training(config: Config) -> Path:
     Raises:
         MoeRayError: whatever the user can mend, raised before any worker starts where that is possible.
     """
-    config = _with_absolute_storage(config)
+    config = resolve_model(_with_absolute_storage(config))
+    _check_router(config.model)
     run_dir = config.train.run_dir
     found = newest_good(run_dir)
     if found:
@@ -57,6 +60,17 @@ def run_training(config: Config) -> Path:
     except WorkerGroupError as error:
         raise _first_cause(error) from error
     return run_dir
+
+
+def _check_router(model: ModelConfig) -> None:
+    with torch.device("meta"):
+        make_router(model)
+    always_one = model.route_norm or model.softmax_after_top_k
+    if model.top_k == 1 and model.num_experts > 1 and always_one and model.router == "top_k":
+        _logger.warning(
+            "model.top_k=1 with route weights that sum to 1 gives every chosen expert the weight 1: the router "
+            "learns from the auxiliary losses alone. Fix: model.route_norm=false model.softmax_after_top_k=false."
+        )
 
 
 def connect(parallel: ParallelConfig) -> None:
@@ -136,9 +150,9 @@ def _with_absolute_storage(config: Config) -> Config:
             f"train.storage={config.train.storage!r} is relative, and a job's working directory does not last.",
             "give an absolute path, such as ~/moe_ray or /mnt/shared/moe_ray.",
         )
-    tree = config.model_dump(mode="json")
-    tree["train"]["storage"] = str(storage.resolve())
-    return build_config(tree)
+    # Not through all settings as a tree: which of them were set must stay known.
+    train = config.train.model_copy(update={"storage": str(storage.resolve())})
+    return config.model_copy(update={"train": train})
 
 
 def _write_config(config: Config) -> None:

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,14 @@ from moe_ray.config import Config
 from moe_ray.data.batches import MicroBatch, micro_batches, train_batch
 from moe_ray.data.reader import TokenData, open_data
 from moe_ray.errors import MoeRayError, TrainingError
+from moe_ray.models.hf.upcycle import load_start
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.parallel.shard import build_sharded_model
 from moe_ray.telemetry.clock import PhaseClock
 from moe_ray.telemetry.run_log import append_metrics, drop_metrics_after
 from moe_ray.training.held_out import held_out_batches, validation_metrics
 from moe_ray.training.optimizer import build_optimizer, learning_rate
-from moe_ray.training.resume import check_data, only_writer
+from moe_ray.training.resume import check_data, only_writer, start_sidecars
 from moe_ray.training.step import StepResult, Trainer, evaluate, train_step
 
 _logger = logging.getLogger(__name__)
@@ -60,13 +61,15 @@ def _train(config: Config, mesh: Mesh, data_dir: Path, report: Report, stack: Ex
     trainer = Trainer(config, mesh, model, build_optimizer(model, config.optim), clock)
     data = open_data(data_dir, config.data.sequence_length)
     interval = _Interval()
-    for step in range(_resume(trainer, data, stack), config.train.steps):
+    first_step = _resume(trainer, data, stack)
+    sidecars = start_sidecars(config, first_step)
+    for step in range(first_step, config.train.steps):
         started = time.perf_counter()
         done = step + 1
         evaluates = done == config.train.steps or done % config.train.eval_every == 0
         clock.enabled = evaluates or done % config.train.log_every == 0
-        # The generator's state is a function of the seed and the step, so checkpoints need not hold it.
-        torch.manual_seed((config.train.seed * 1_000_003 + step) % 2**63)
+        # The generator's state is a function of seed, step and rank, so checkpoints need not hold it.
+        torch.manual_seed(((config.train.seed * 1_000_003 + step) * 65_537 + mesh.rank) % 2**63)
         with clock.phase("data"):
             batches = _train_batches(config, data, step, mesh)
         lr = learning_rate(step, config.train.steps, config.optim)
@@ -84,11 +87,11 @@ def _train(config: Config, mesh: Mesh, data_dir: Path, report: Report, stack: Ex
             report(metrics)
             interval = _Interval()
         if done == config.train.steps or done % config.checkpoint.every == 0:
-            _save(trainer, data, done)
+            _save(trainer, data, sidecars, done)
 
 
 def _resume(trainer: Trainer, data: TokenData, stack: ExitStack) -> int:
-    """Load the newest good checkpoint on all ranks; returns the number of finished steps.
+    """Load the newest good checkpoint, or what the run starts from; returns the number of finished steps.
 
     Rank 0 holds the run until `stack` is closed.
     """
@@ -119,10 +122,12 @@ def _resume(trainer: Trainer, data: TokenData, stack: ExitStack) -> int:
         load_model(path, manifest, trainer.model)
         load_optimizer(path, manifest, trainer.model, trainer.optimizer)
         _logger.info("resumed from %s", path)
+    else:
+        load_start(trainer.model, trainer.config.train.seed)
     return step
 
 
-def _save(trainer: Trainer, data: TokenData, done: int) -> None:
+def _save(trainer: Trainer, data: TokenData, sidecars: Mapping[str, bytes], done: int) -> None:
     save_checkpoint(
         trainer.config,
         trainer.mesh,
@@ -131,6 +136,7 @@ def _save(trainer: Trainer, data: TokenData, done: int) -> None:
         data.folder / TOKENIZER,
         step=done,
         data_digest=data.index.digest,
+        sidecars=sidecars,
     )
 
 

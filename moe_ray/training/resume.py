@@ -5,13 +5,17 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moe_ray.checkpoint.catalog import checkpoint_path
 from moe_ray.checkpoint.manifest import Manifest
-from moe_ray.config import Config
+from moe_ray.config import Config, build_config
 from moe_ray.data.shards import Index
 from moe_ray.errors import CheckpointError, ConfigError
+from moe_ray.models.hf.sidecars import read_sidecars
 
 # Changing one of these in mid-run would give a curve that no single run has.
 _FIXED_SECTION = "model"
+# These act only before the first step.
+_START_FIELDS = frozenset({"preset", "init_from", "upcycle_from", "upcycle_noise", "init_std"})
 _FIXED_FIELDS = (("data", "sequence_length"), ("train", "seed"), ("train", "global_batch"))
 
 
@@ -21,16 +25,24 @@ def check_settings(manifest: Manifest, config: Config) -> None:
     Raises:
         ConfigError: one that must not change has changed.
     """
-    now = config.model_dump(mode="json")
-    fields = [(_FIXED_SECTION, name) for name in now[_FIXED_SECTION]]
+    now, then = config.model_dump(mode="json"), build_config(manifest.config).model_dump(mode="json")
+    fields = [(_FIXED_SECTION, name) for name in now[_FIXED_SECTION] if name not in _START_FIELDS]
     for section, name in (*fields, *_FIXED_FIELDS):
-        before = manifest.config[section].get(name)
+        before = then[section][name]
         if before != now[section][name]:
             raise ConfigError(
                 f"{section}.{name}={now[section][name]!r} differs from the run in {str(config.train.run_dir)!r}, "
                 f"which has {before!r}.",
                 "keep the value to resume the run, or set another train.name to start a new one.",
             )
+
+
+def start_sidecars(config: Config, first_step: int) -> dict[str, bytes]:
+    """Small files of the folder that the run started from; later its checkpoint's, for the folder may be gone."""
+    folder = config.model.init_from or config.model.upcycle_from
+    if first_step > 0:
+        return read_sidecars(checkpoint_path(config.train.run_dir, first_step))
+    return {} if folder is None else read_sidecars(Path(folder))
 
 
 def check_data(manifest: Manifest, index: Index) -> None:

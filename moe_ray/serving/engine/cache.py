@@ -97,6 +97,12 @@ class KVCache:
         """One `LayerCache` a layer for a forward pass of this layout."""
         return [_LayerView(k_XhMC, v_XhMU, layout) for k_XhMC, v_XhMU in self._layers]
 
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds."""
+        for pair in self._layers:
+            for stored in pair:
+                stored[slot].zero_()
+
     def move(self, move: Move) -> None:
         """Copy a sequence to another slot."""
         for pair in self._layers:

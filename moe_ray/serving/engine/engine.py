@@ -89,6 +89,10 @@ class Engine:
         generations = [self._generations[self._scheduler.active[slot].id] for slot in slots]
         logits_BV = self._model.logits(hidden_SD[_last_rows(spans, slots)])[:, : self._vocab_size]
         choices = sample(logits_BV, [g.request.params for g in generations], [g.generator for g in generations])
+        for slot, choice in zip(slots, choices, strict=True):
+            if choice.token_id is None:
+                # The slot's next sequence would see it: what is masked has weight 0, and 0 * NaN is NaN.
+                self._cache.clear(slot)
         chunks = []
         for generation, choice in zip(generations, choices, strict=True):
             chunk = generation.append(choice)
@@ -108,13 +112,17 @@ class Engine:
         return self._model(tokens_1S, layout.position_T[None], caches).hidden_BSD[0]
 
 
-def check_causal(config: ModelConfig, allow_expert_choice: bool) -> None:
+def check_faithful(config: ModelConfig, allow_unfaithful_routing: bool) -> None:
     """Raise a ConfigError if generating would route otherwise than training did, unless that is asked for."""
-    if config.router == "expert_choice" and not allow_expert_choice:
+    reasons = {
+        "expert_choice": "is not causal: experts pick tokens by looking at later ones",
+        "forced_balance": "routes by the place of a token among those computed together",
+    }
+    if config.router in reasons and not allow_unfaithful_routing:
         raise ConfigError(
-            "model.router=expert_choice is not causal: experts pick tokens by looking at later ones, so token by "
-            "token the model routes otherwise than it was trained to.",
-            "set serve.allow_expert_choice=true to generate all the same.",
+            f"model.router={config.router} {reasons[config.router]}, so token by token the model routes otherwise "
+            "than it was trained to.",
+            "set serve.allow_unfaithful_routing=true to generate all the same.",
         )
 
 
