@@ -19,6 +19,7 @@ from moe_ray.data.prepare import prepare
 from moe_ray.data.tokenizer import train_tokenizer
 from moe_ray.errors import ConfigError
 from moe_ray.models.attention import Pattern, attend_causally, window_mask
+from moe_ray.models.cpu_attention import is_faster
 from moe_ray.models.transformer import Transformer, build_model
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.presets import PRESETS
@@ -178,6 +179,25 @@ def test_attention_sinks_take_part_in_the_softmax_and_bring_no_value(window: int
     grad, inputs = torch.randn_like(actual), (q, k, v, sinks_H)
     grads = torch.autograd.grad(actual, inputs, grad)
     torch.testing.assert_close(grads, torch.autograd.grad(expected, inputs, grad), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("kv_heads", "value_width"), [(2, 16), (4, 8)])
+def test_short_attention_in_bfloat16_equals_the_fused_one(kv_heads: int, value_width: int) -> None:
+    torch.manual_seed(0)
+    shapes = ((4, 16), (kv_heads, 16), (kv_heads, value_width))
+    exact = [torch.randn(3, heads, 40, width, requires_grad=True) for heads, width in shapes]
+    low = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    assert is_faster(low[0])
+    assert not is_faster(exact[0])
+    assert not is_faster(low[0][:0])
+    expected = attend_causally(*exact, Pattern(0.25))
+    actual = attend_causally(*low, Pattern(0.25))
+    grad = torch.randn_like(expected)
+    pairs = [(actual, expected)]
+    grads = torch.autograd.grad(actual, low, grad.bfloat16())
+    pairs += zip(grads, torch.autograd.grad(expected, exact, grad), strict=True)
+    for value, reference in pairs:
+        assert (value.float() - reference).norm() < 0.01 * reference.norm()
 
 
 GENERATING = {preset: {"preset": preset} for preset in PRESETS if preset != "custom"} | {

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ray.config import ModelConfig
+from moe_ray.models.cpu_attention import causal_attention, is_faster
 from moe_ray.models.rope import Rope, apply_rope, deinterleave, softmax_scale
 
 
@@ -140,8 +141,11 @@ class LatentAttention(nn.Module):
 def attend_causally(q_BHSC: Tensor, k_BhSC: Tensor, v_BhSU: Tensor, pattern: Pattern) -> Tensor:
     """Attention of a sequence to itself: `o_BHSU`."""
     length = q_BHSC.shape[2]
+    has_window = pattern.window is not None and pattern.window < length
+    if not has_window and pattern.sinks_H is None and is_faster(q_BHSC):
+        return causal_attention(q_BHSC, k_BhSC, v_BhSU, pattern.scale)
     mask_SS = None
-    if pattern.window is not None and pattern.window < length:
+    if has_window:
         mask_SS = window_mask(torch.arange(length, device=q_BHSC.device), length, pattern.window)
     # Fused kernels want one width for all; without them the scores of all pairs would be in memory.
     v_width = v_BhSU.shape[3]
