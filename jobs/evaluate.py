@@ -4,7 +4,7 @@ usage: python jobs/evaluate.py RUN_OR_CHECKPOINT_OR_FOLDER [data.sources=...] [d
 
 Without overrides, on the validation split of the run. With `data.sources`, on that of other text, cut into the
 model's own tokens; with `data.path` alone, on data that was prepared with them. A Hugging Face folder has no run,
-so that one of the two is needed.
+so that one of the two is needed. Longer windows (`data.sequence_length`) give lower perplexities.
 """
 
 import json
@@ -15,6 +15,7 @@ from jobs.cli import exit_on_error
 from moe_ray.checkpoint.inference import InferenceModel, load_for_inference
 from moe_ray.checkpoint.save import TOKENIZER
 from moe_ray.config import Config, build_config
+from moe_ray.cpu import keep_freed_memory
 from moe_ray.data.prepare import prepare
 from moe_ray.data.shards import read_index
 from moe_ray.data.tokenizer import load_tokenizer
@@ -22,7 +23,8 @@ from moe_ray.errors import ConfigError, DataError
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.training.held_out import evaluate_checkpoint
 
-_ALLOWED = ("data.sources", "data.path", "data.text_field", "data.validation_fraction")
+_OTHER_TEXT = frozenset({"data.sources", "data.path", "data.text_field", "data.validation_fraction"})
+_ALLOWED = (*sorted(_OTHER_TEXT), "data.sequence_length")
 
 
 def main(run_or_checkpoint: str, overrides: list[str]) -> None:
@@ -30,17 +32,21 @@ def main(run_or_checkpoint: str, overrides: list[str]) -> None:
     given = {override.partition("=")[0].strip() for override in overrides}
     for key in sorted(given - set(_ALLOWED)):
         raise ConfigError(f"{key!r} cannot be set to evaluate.", f"use {', '.join(_ALLOWED)}.")
+    keep_freed_memory()
     checkpoint = load_for_inference(run_or_checkpoint)
-    if not checkpoint.data_digest and not given:
+    is_other_text = bool(given & _OTHER_TEXT)
+    if not checkpoint.data_digest and not is_other_text:
         raise ConfigError(
             f"{run_or_checkpoint!r} has no run whose held-out text it could be.", "set data.sources."
         )
     setup_logging(checkpoint.config.telemetry.log_level)
     config = _data_settings(checkpoint, overrides, given)
     data_dir = prepare(config)
-    _check_data(checkpoint, data_dir, other_text=bool(given))
-    result = evaluate_checkpoint(checkpoint, data_dir)
-    print(f"checkpoint {checkpoint.path}, step {result['step']}, {result['tokens']:,} held-out tokens")
+    _check_data(checkpoint, data_dir, other_text=is_other_text)
+    length = config.data.sequence_length
+    result = evaluate_checkpoint(checkpoint, data_dir, length)
+    print(f"checkpoint {checkpoint.path}, step {result['step']}, {result['tokens']:,} held-out tokens", end=", ")
+    print(f"in windows of {length}, {config.train.dtype}")
     print(f"perplexity {result['val_perplexity']:.1f}, unigram model {result['unigram_perplexity']:.1f}")
     for domain, perplexity in result["val_perplexity_by_domain"].items():
         print(f"  {domain:<16} {perplexity:.1f}")

@@ -27,6 +27,10 @@ def build(args: dict[str, str]) -> Application:
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
     for key in args:
+        if key.endswith("port"):
+            raise ConfigError(
+                f"unknown argument {key!r}.", "set the port in a config file such as serve_apps/moe_lm.yaml."
+            )
         if key not in _KEYS:
             nearest = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
             raise ConfigError(f"unknown argument {key!r}.", f"did you mean {nearest!r}?")

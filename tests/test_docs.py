@@ -39,7 +39,7 @@ def test_commands_train(page: str, tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "cosine_router.py").write_text(blocks("routers", "python")[0])
     (command,) = blocks(page, "bash")
-    command = command.replace("jobs/configs/quickstart.yaml", "tiny.yaml").replace("jobs/", f"{ROOT}/jobs/")
+    command = command.replace("jobs/configs/small.yaml", "tiny.yaml").replace("jobs/", f"{ROOT}/jobs/")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     subprocess.run(shlex.split(command), cwd=tmp_path, env=environment, check=True, timeout=200)

@@ -80,6 +80,7 @@ class Shell:
         self.port = free_port(8000)
         self._replacements = {
             "jobs/configs/quickstart.yaml": str(folder / "tiny.yaml"),
+            "jobs/configs/small.yaml": str(folder / "tiny.yaml"),
             "/data/": f"{folder}/",
             "127.0.0.1:8000": f"127.0.0.1:{self.port}",
         }

@@ -153,4 +153,10 @@ def make_router(config: ModelConfig) -> Router:
             f"model.expert_bias=True has no meaning with model.router={config.router!r}, which has no such bias.",
             "leave it out, or derive the class from moe_ray.models.top_k_router.TopKRouter.",
         )
-    return router(config)
+    built = router(config)
+    if not hasattr(built, "load_fraction_E"):
+        raise ConfigError(
+            f"model.router={config.router!r} does not call the constructor of its base.",
+            "begin its own with super().__init__(config).",
+        )
+    return built

@@ -97,7 +97,7 @@ def check_routing(routing: Routing, router: str, num_tokens: int, num_experts: i
     """Whether what a user's own router returned can be dispatched.
 
     Raises:
-        ConfigError: it has a wrong shape or type, experts that do not exist, or weights that are not finite.
+        ConfigError: it has a wrong shape or type, experts that do not exist, or numbers that cannot be.
     """
 
     def fail(problem: str) -> NoReturn:
@@ -128,6 +128,8 @@ def check_routing(routing: Routing, router: str, num_tokens: int, num_experts: i
     reached_TK = routing.expert_ids_TK if routing.kept_TK is None else routing.expert_ids_TK[routing.kept_TK]
     if ((reached_TK < 0) | (reached_TK >= num_experts)).any() or (routing.expert_ids_TK < 0).any():
         fail(f"expert_ids_TK outside 0 to {num_experts - 1} for pairs that are kept")
+    if num_tokens and (routing.probs_TE.sum(dim=-1) - 1).abs().max() > 1e-3:
+        fail("probs_TE that do not sum to 1 for each token")
     if not routing.weights_TK.isfinite().all():
         fail("weights_TK that are not finite")
     if routing.kept_TK is not None and (routing.weights_TK[~routing.kept_TK] != 0).any():

@@ -160,7 +160,8 @@ def _check_buffers(router: Router, name: str) -> None:
         if buffer.is_floating_point() and buffer.isnan().any():
             raise ConfigError(
                 f"model.router={name!r} leaves its buffer {buffer_name} without values.",
-                "set it in the method init_buffers: values given in the constructor do not last.",
+                "set it in the method init_buffers, which begins with super().init_buffers(key): values given in "
+                "the constructor do not last.",
             )
 
 

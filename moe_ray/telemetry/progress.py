@@ -42,6 +42,10 @@ class ProgressLine:
             f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"load cv {metrics['load_cv']:.2f}  ETA {eta}"
         )
+        if metrics.get("dropped_fraction"):
+            summary += f"  dropped {metrics['dropped_fraction']:.0%}"
+        if metrics.get("dead_experts"):
+            summary += f"  dead experts {metrics['dead_experts']}"
         if "val_perplexity" in metrics:
             summary += f"  val perplexity {metrics['val_perplexity']:.1f}"
         if not self._stream.isatty():

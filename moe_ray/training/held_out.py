@@ -38,10 +38,16 @@ def validation_metrics(sums_2M: Tensor, domains: Sequence[str]) -> dict[str, Any
     }
 
 
-def evaluate_checkpoint(checkpoint: InferenceModel, data_dir: Path) -> dict[str, Any]:
-    """Perplexity of a checkpoint over the whole validation split, next to that of a unigram model."""
+def evaluate_checkpoint(
+    checkpoint: InferenceModel, data_dir: Path, sequence_length: int | None = None
+) -> dict[str, Any]:
+    """Perplexity of a checkpoint over the whole validation split, next to that of a unigram model.
+
+    Args:
+        sequence_length: tokens of the windows that are predicted; default: those of its training.
+    """
     config = checkpoint.config
-    data = open_data(data_dir, config.data.sequence_length)
+    data = open_data(data_dir, sequence_length or config.data.sequence_length)
     mesh = Mesh(rank=0, world_size=1, ep=1, device=torch.device("cpu"))
     batches = held_out_batches(
         data, mesh, config.train.micro_batch, data.num_sequences("validation"), config.train.micro_batch

@@ -59,7 +59,8 @@ def read_config(
     if architecture is None:
         raise CheckpointError(
             f"config.json has model_type={tree.get('model_type')!r}, which is not supported here.",
-            f"use one of {', '.join(architectures)}.",
+            f"use one of {', '.join(architectures)}; model.init_from takes a Mixture-of-Experts model, "
+            "model.upcycle_from a dense one.",
         )
     try:
         return architecture, _read_settings(_with_one_expert_count(tree, architecture), architecture)
