@@ -83,6 +83,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"n_shared_experts": 2, "rms_norm_eps": 1e-3},
     ),
     "gpt_oss": ("GptOssConfig", _SIZES | _EXPERTS | {"head_dim": 16, "sliding_window": 6}),
+    "gpt_oss, no windows": (
+        "GptOssConfig",
+        _SIZES | _EXPERTS | {"head_dim": 16, "layer_types": ["full_attention"] * _SIZES["num_hidden_layers"]},
+    ),
     "gpt_oss, every third full, no scaling": (
         "GptOssConfig",
         _SIZES

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -580,3 +581,60 @@ def test_other_quantisation_is_refused(mixtral: Path) -> None:
     change_config(quantization_config={"quant_method": "gptq"})(mixtral)
     with pytest.raises(CheckpointError, match=r"quant_method='gptq'.*in mxfp4"):
         load_for_inference(mixtral)
+
+
+def test_the_index_decides_which_file_a_tensor_is_read_from(mixtral: Path) -> None:
+    weights = load_file(mixtral / "model.safetensors")
+    (mixtral / "model.safetensors").unlink()
+    save_file(weights, mixtral / "a.safetensors")
+    save_file({"model.norm.weight": torch.zeros_like(weights["model.norm.weight"])}, mixtral / "b.safetensors")
+    other = {"z": torch.zeros(1)}
+    index = {"weight_map": dict.fromkeys(weights, "a.safetensors")}
+    (mixtral / "model.safetensors.index.json").write_text(json.dumps(index))
+    read = WeightFiles(mixtral).read("model.norm.weight")
+    assert torch.equal(read, weights["model.norm.weight"])
+    # The second file is named for another tensor, and holds an old copy of this one.
+    save_file(other | {"model.norm.weight": read * 0}, mixtral / "b.safetensors")
+    index["weight_map"]["z"] = "b.safetensors"
+    (mixtral / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(WeightFiles(mixtral).read("model.norm.weight"), weights["model.norm.weight"])
+
+
+def test_a_head_that_differs_from_the_tied_embedding_is_refused(mixtral: Path) -> None:
+    tree = json.loads((mixtral / "config.json").read_text())
+    (mixtral / "config.json").write_text(json.dumps(tree | {"tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        load_for_inference(mixtral)
+
+
+def test_the_shapes_of_the_files_are_checked_before_memory_is_taken(mixtral: Path) -> None:
+    tree = json.loads((mixtral / "config.json").read_text())
+    (mixtral / "config.json").write_text(json.dumps(tree | {"intermediate_size": 2**20}))
+    with pytest.raises(CheckpointError, match=r"where config.json asks for"):
+        load_for_inference(mixtral)
+    (mixtral / "config.json").write_text(json.dumps(tree | {"num_hidden_layers": 10**12}))
+    with pytest.raises(CheckpointError, match="num_hidden_layers=1000000000000"):
+        load_for_inference(mixtral)
+    (mixtral / "config.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match="no JSON object"):
+        load_for_inference(mixtral)
+
+
+def test_two_exports_to_one_folder_leave_one_that_is_whole(mixtral: Path, tmp_path: Path) -> None:
+    problems: list[Exception] = []
+
+    def run() -> None:
+        try:
+            export(str(mixtral), str(tmp_path / "out"), ["max_shard_bytes=2000"])
+        except (ConfigError, StorageError) as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(problems) == 3
+    assert WeightFiles(tmp_path / "out").dtype("model.norm.weight") == torch.float32
+    load_for_inference(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -14,7 +14,7 @@ from moe_ray.checkpoint.save import TOKENIZER
 from moe_ray.config import Config, DataConfig, Dtype, build_config
 from moe_ray.data.tokenizer import Tokenizer, load_tokenizer
 from moe_ray.models.hf.config import is_hf_folder
-from moe_ray.models.hf.load import load_weights, read_model_config, use_stored_dtypes
+from moe_ray.models.hf.load import check_folder, load_weights, read_model_config, use_stored_dtypes
 from moe_ray.models.hf.sidecars import read_sidecars, token_ids
 from moe_ray.models.router import Router
 from moe_ray.models.transformer import Transformer, materialize
@@ -63,6 +63,8 @@ def load_for_inference(
     opened = _open(source)
     with torch.device("meta"):
         model = Transformer(opened.config.model)
+    if opened.is_hf:
+        check_folder(opened.path, model)
     if dtype is not None:
         _cast(model, getattr(torch, dtype))
     elif opened.is_hf:

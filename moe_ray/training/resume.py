@@ -7,8 +7,10 @@ from pathlib import Path
 
 from moe_ray.checkpoint.catalog import checkpoint_path
 from moe_ray.checkpoint.manifest import Manifest
+from moe_ray.checkpoint.save import TOKENIZER
 from moe_ray.config import Config, build_config
 from moe_ray.data.shards import Index
+from moe_ray.data.tokenizer import load_tokenizer
 from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.models.hf.sidecars import read_sidecars
 
@@ -38,11 +40,21 @@ def check_settings(manifest: Manifest, config: Config) -> None:
 
 
 def start_sidecars(config: Config, first_step: int) -> dict[str, bytes]:
-    """Small files of the folder that the run started from; later its checkpoint's, for the folder may be gone."""
-    folder = config.model.init_from or config.model.upcycle_from
+    """Small files of the folder that the run started from; later its checkpoint's, for the folder may be gone.
+
+    They describe the folder's tokenizer, and are left behind with it.
+    """
     if first_step > 0:
         return read_sidecars(checkpoint_path(config.train.run_dir, first_step))
-    return {} if folder is None else read_sidecars(Path(folder))
+    folder, tokenizer = config.model.init_from or config.model.upcycle_from, config.data.tokenizer
+    if folder is None or (tokenizer is not None and _digest(Path(tokenizer)) != _digest(Path(folder) / TOKENIZER)):
+        return {}
+    return read_sidecars(Path(folder))
+
+
+def _digest(tokenizer: Path) -> str | None:
+    path = tokenizer.expanduser()
+    return load_tokenizer(path).digest if path.is_file() else None
 
 
 def check_data(manifest: Manifest, index: Index) -> None:

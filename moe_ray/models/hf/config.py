@@ -18,6 +18,7 @@ from moe_ray.models.hf.architectures import (
 from moe_ray.models.hf.rope import read_rope, write_rope
 
 CONFIG_FILE = "config.json"
+_MAX_LAYERS = 10_000
 # One number under three names.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -40,7 +41,7 @@ def read_tree(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{str(path)!r} cannot be read: {error.strerror}.", "give the folder of a Hugging Face model."
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         tree = None
     if not isinstance(tree, dict):
         raise CheckpointError(f"{str(path)!r} is no JSON object.", "download the file again.")
@@ -74,6 +75,9 @@ def read_config(
 def _read_settings(tree: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
     _check_keys(tree, architecture)
     _check_quantization(tree)
+    num_layers = tree.get("num_hidden_layers")
+    if isinstance(num_layers, int) and num_layers > _MAX_LAYERS:
+        raise CheckpointError(f"config.json has num_hidden_layers={num_layers}.", f"use at most {_MAX_LAYERS}.")
     settings = dict(architecture.implied)
     for key, field in architecture.keys.items():
         if key not in tree and key not in architecture.defaults:
@@ -215,8 +219,8 @@ def _read_layers(tree: dict[str, Any], architecture: Architecture) -> dict[str, 
 
 def _read_windows(kinds: list[str], window: int | None, num_layers: int) -> dict[str, Any]:
     full = [i + 1 for i, kind in enumerate(kinds) if kind == "full_attention"]
-    if len(full) == num_layers == len(kinds):
-        return {"sliding_window": None}
+    if window is None or len(full) == num_layers == len(kinds):
+        return {"sliding_window": None, "full_attention_every": 0}
     every = full[0] if full else 0
     expected = list(range(every, num_layers + 1, every)) if every else []
     if set(kinds) - {"full_attention", "sliding_attention"} or len(kinds) != num_layers or full != expected:
@@ -253,7 +257,8 @@ def _write_layers(config: ModelConfig, architecture: Architecture) -> dict[str, 
         }
     if architecture.name == "gpt_oss":
         kinds = ["full_attention" if w is None else "sliding_attention" for w in _windows(config)]
-        return {"sliding_window": config.sliding_window, "layer_types": kinds}
+        # transformers asks for a window even where no layer has one.
+        return {"sliding_window": config.sliding_window or 128, "layer_types": kinds}
     return {"num_nextn_predict_layers": 0} if architecture.name == "deepseek_v3" else {}
 
 

@@ -38,7 +38,9 @@ class WeightFiles:
             path = folder / file_name
             handle = _open(path)
             for name in handle.keys():  # noqa: SIM118
-                self._sources[name] = path, handle
+                # The index decides where two files have a tensor of one name.
+                if wanted.get(name, file_name) == file_name:
+                    self._sources[name] = path, handle
         for name, file_name in wanted.items():
             if name not in self._sources:
                 raise CheckpointError(
@@ -145,7 +147,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     try:
         files = json.loads(path.read_bytes())["weight_map"]
         names = {str(name): str(file_name) for name, file_name in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{str(path)!r} is no index of weights.", "download the file again.") from None
     for file_name in set(names.values()):
         if Path(file_name).name != file_name:

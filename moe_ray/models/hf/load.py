@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from moe_ray.errors import CheckpointError
 from moe_ray.model_config import ModelConfig
 from moe_ray.models.hf.architectures import Architecture
 from moe_ray.models.hf.config import read_config, read_tree, validate_settings
@@ -12,6 +13,7 @@ from moe_ray.models.hf.files import WeightFiles
 from moe_ray.models.hf.tensors import pieces, stored_shapes
 from moe_ray.models.transformer import Transformer
 
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -50,6 +52,12 @@ def use_stored_dtypes(folder: Path, model: Transformer) -> None:
             setattr(module, name, tensor.to(dtype))
 
 
+def check_folder(folder: Path, model: Transformer) -> None:
+    """Raise a CheckpointError unless the files hold the whole of `model`, which may have no memory yet."""
+    architecture, _ = read_config(read_tree(folder))
+    check_files(WeightFiles(folder), model, architecture)
+
+
 @torch.no_grad()
 def load_weights(folder: Path, model: Transformer) -> None:
     """Copy the weights of a folder, or this rank's share of them, over those of `model`, in its types.
@@ -71,9 +79,19 @@ def check_files(files: WeightFiles, model: Transformer, architecture: Architectu
 
     def is_skipped(name: str) -> bool:
         layer = _LAYER.match(name)
+        if is_tied and name == _HEAD:
+            _check_tied(files)
         # Old files hold the frequencies, which follow from config.json, or the head that equals the embedding.
-        is_derived = name.endswith(".rotary_emb.inv_freq") or (is_tied and name == "lm_head.weight")
+        is_derived = name.endswith(".rotary_emb.inv_freq") or (is_tied and name == _HEAD)
         # Layers after the last predict further tokens (DeepSeek-V3); transformers leaves them out as well.
         return is_derived or (layer is not None and int(layer[1]) >= num_layers)
 
     files.check(shapes, is_skipped)
+
+
+def _check_tied(files: WeightFiles) -> None:
+    if not torch.equal(files.read(_HEAD), files.read(_EMBEDDING)):
+        raise CheckpointError(
+            f"config.json has tie_word_embeddings=true, but {_HEAD} differs from {_EMBEDDING}.",
+            "set tie_word_embeddings to false to use both, or remove the head.",
+        )

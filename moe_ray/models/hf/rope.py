@@ -62,6 +62,8 @@ def read_rope(tree: dict[str, Any], default_theta: float) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     given: dict[str, Any] = {field: rope[key] for key, field in _KEYS[kind].items() if rope.get(key) is not None}
+    if kind == "yarn" and rope.get("truncate", True) is None:
+        given["truncate"] = False
     longest = tree.get("max_position_embeddings")
     if kind != "linear":
         given.setdefault("original_length", longest)

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,29 +80,40 @@ def save_folder(
 
 def check_free(folder: Path) -> None:
     """Raise a ConfigError if something is already there."""
-    if folder.exists():
-        raise ConfigError(f"{str(folder)!r} exists already.", "give a new folder, or move the old one away.")
+    try:
+        if folder.exists():
+            raise ConfigError(f"{str(folder)!r} exists already.", "give a new folder, or move the old one away.")
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"{str(folder)!r} cannot be written: {error.strerror}.", "free space, or give another folder."
+    )
 
 
 @contextmanager
 def _staged(folder: Path) -> Generator[Path]:
     """A folder aside, which takes the place of `folder` when all went well."""
     check_free(folder)
-    staging = folder.with_name(f".{folder.name}.staging")
+    staging = None
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Of its own name: another export to the same folder must not write into this one.
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         yield staging
+        staging.chmod(0o755)
         for path in (*staging.iterdir(), staging):
             _sync(path)
+        check_free(folder)
         staging.rename(folder)
         _sync(folder.parent)
     except OSError as error:
-        raise StorageError(
-            f"{str(folder)!r} cannot be written: {error.strerror}.", "free space, or give another folder."
-        ) from None
+        raise _unwritable(folder, error) from None
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _tensors(model: Transformer, architecture: Architecture, dtype: torch.dtype | None) -> Iterator[_Tensor]:

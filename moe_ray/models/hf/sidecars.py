@@ -76,7 +76,7 @@ def token_ids(sidecars: Mapping[str, bytes]) -> dict[str, Any]:
     """The ids of special tokens in a generation config, which config.json repeats."""
     try:
         tree = json.loads(sidecars.get(GENERATION_CONFIG, b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         tree = None
     if not isinstance(tree, dict):
         raise CheckpointError(f"{GENERATION_CONFIG} is no JSON object.", "mend or remove the file.")
