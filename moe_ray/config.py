@@ -12,17 +12,8 @@ from pydantic import Field, PositiveFloat, ValidationError, model_validator
 from pydantic_core import PydanticUndefined
 
 from moe_ray.errors import ConfigError
-from moe_ray.model_config import (
-    BelowOne,
-    Count,
-    ModelConfig,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    Section,
-    Width,
-    divisors,
-)
+from moe_ray.model_config import ModelConfig, divisors
+from moe_ray.section import BelowOne, Count, NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Width
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]

@@ -2,28 +2,11 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PositiveFloat,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, PositiveFloat, model_validator
 
 from moe_ray.errors import ConfigError
 from moe_ray.presets import PRESETS
-
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-# Bounds far above any use, so that a slip of the hand is an error and not an endless loop or all of the memory.
-PositiveInt = Annotated[int, Field(gt=0, le=2**40)]
-Count = Annotated[int, Field(gt=0, le=65_536)]
-Width = Annotated[int, Field(gt=0, le=2**20)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Factor = Annotated[float, Field(gt=0, le=2**20)]
+from moe_ray.section import BelowOne, Count, Factor, NonNegativeFloat, NonNegativeInt, Section, Width
 
 Preset = Literal["basic", "custom", "switch", "mixtral", "glam", "olmoe", "qwen3_moe", "deepseek_v3", "gpt_oss"]
 Activation = Literal["swiglu", "swigluoai", "geglu", "gelu", "relu", "relu2"]
@@ -57,21 +40,6 @@ TRAINING_FIELDS = frozenset(
         "max_sequence_length",
     }
 )
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's `on` and `yes` are true, which would count as 1."""
-        field = cls.model_fields[info.field_name or ""]
-        if isinstance(value, bool) and field.annotation is not bool:
-            raise PydanticCustomError("not_bool", "input should be no truth value")
-        return value
 
 
 class RopeScaling(Section):

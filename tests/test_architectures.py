@@ -4,7 +4,6 @@ Shapes: B batch, S sequence, E experts, R rows, D model dim, G width of the expe
 """
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_ray.checkpoint.inference import load_for_inference
-from moe_ray.config import Config, ModelConfig, build_config
-from moe_ray.data.prepare import prepare
+from moe_ray.config import ModelConfig, build_config
 from moe_ray.data.tokenizer import train_tokenizer
 from moe_ray.errors import ConfigError
 from moe_ray.models.attention import Pattern, attend_causally, window_mask
 from moe_ray.models.cpu_attention import is_faster
 from moe_ray.models.transformer import Transformer, build_model
-from moe_ray.parallel.mesh import build_mesh
 from moe_ray.presets import PRESETS
 from moe_ray.serving.engine.engine import Engine, check_faithful
 from moe_ray.serving.engine.request import Request, SamplingParams
-from moe_ray.telemetry.run_log import read_metrics
-from moe_ray.training.loop import train
-from tests.tiny import copy_corpus, tiny_settings
-from tests.worlds import run_world
+from tests.tiny import copy_corpus, run, tiny_settings
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SMALL = {"dim": 32, "num_heads": 4, "num_layers": 4, "vocab_size": 96, "max_sequence_length": 64}
@@ -250,17 +238,6 @@ def test_expert_choice_generates_only_if_asked_to() -> None:
     with pytest.raises(ConfigError, match="routes by the place of a token"):
         check_faithful(ModelConfig(router="forced_balance"), allow_unfaithful_routing=False)
     check_faithful(ModelConfig(), allow_unfaithful_routing=False)
-
-
-def rank_main(rank: int, config: Config, data_dir: Path) -> None:
-    train(config, build_mesh(config.parallel.ep), data_dir, lambda metrics: None)
-
-
-def run(config: Config) -> list[dict[str, Any]]:
-    data_dir = prepare(config)
-    config.train.run_dir.mkdir(parents=True, exist_ok=True)
-    run_world(config.parallel.workers, rank_main, config, data_dir)
-    return read_metrics(config.train.run_dir)
 
 
 ARCHITECTURES = {

@@ -23,12 +23,7 @@ MAX_CONTEXT = 64
 LINES = ["the cat sat on the mat and saw the other cat", "naïve café, 東京 🙂 and more text of all kinds"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

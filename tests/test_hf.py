@@ -4,7 +4,7 @@ import json
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from moe_ray.config import ModelConfig
 from moe_ray.errors import CheckpointError, ConfigError, StorageError
 from moe_ray.models.hf.config import architecture_of, read_config
 from moe_ray.models.hf.files import WeightFiles
-from moe_ray.models.hf.load import load_weights, read_model_config
+from moe_ray.models.hf.load import load_weights, open_folder, read_model_config
 from moe_ray.models.hf.save import save_folder
 from moe_ray.models.transformer import Transformer, build_model
 from moe_ray.parallel.mesh import build_mesh
@@ -36,12 +36,7 @@ NEW_TOKENS = 12
 cases = pytest.mark.parametrize("case", CASES)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +495,7 @@ def check_share(rank: int, folder: Path, expected: Tensor) -> None:
     config = read_model_config(folder)
     mesh = build_mesh(2)
     model = build_sharded_model(config, 0, mesh, PhaseClock(mesh.device, enabled=False)).eval()
-    load_weights(folder, model)
+    load_weights(open_folder(folder, model), model)
     mine = range(rank * config.num_experts // 2, (rank + 1) * config.num_experts // 2)
     for name, rows, length in reads:
         if "experts." in name and "shared" not in name:

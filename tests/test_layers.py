@@ -8,7 +8,15 @@ import pytest
 
 # Lowest first. The longest matching prefix decides.
 LAYERS = (
-    ("moe_ray.errors", "moe_ray.presets", "moe_ray.model_config", "moe_ray.config", "moe_ray.cpu"),
+    (
+        "moe_ray.errors",
+        "moe_ray.section",
+        "moe_ray.presets",
+        "moe_ray.durable",
+        "moe_ray.model_config",
+        "moe_ray.config",
+        "moe_ray.cpu",
+    ),
     ("moe_ray.models",),
     (
         "moe_ray.parallel",

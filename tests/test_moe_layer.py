@@ -5,7 +5,6 @@ G = 2 * F, N = T * K.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,13 +21,7 @@ from moe_ray.models.router import Routing
 DIM, HIDDEN = 16, 24
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from threads, and on a busy machine waiting for them takes minutes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_moe(num_experts: int, top_k: int, route_norm: bool = True, seed: int = 0) -> MoE:

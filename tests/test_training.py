@@ -18,8 +18,8 @@ from moe_ray.errors import ConfigError, StorageError, TrainingError
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.telemetry.run_log import read_metrics
 from moe_ray.training.loop import train
-from tests.tiny import copy_corpus, tiny_settings
-from tests.worlds import kill_world, run_world, start_world
+from tests.tiny import copy_corpus, rank_main, run, tiny_settings
+from tests.worlds import kill_world, start_world
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +33,6 @@ def make_config(corpus: Path, tmp_path: Path) -> Callable[..., Config]:
         return build_config(tiny_settings(corpus, storage, name), overrides)
 
     return make
-
-
-def rank_main(rank: int, config: Config, data_dir: Path) -> None:
-    train(config, build_mesh(config.parallel.ep), data_dir, lambda metrics: None)
-
-
-def run(config: Config) -> list[dict[str, Any]]:
-    """Train to the end in `parallel.workers` processes; returns the logged metrics."""
-    data_dir = prepare(config)
-    config.train.run_dir.mkdir(parents=True, exist_ok=True)
-    run_world(config.parallel.workers, rank_main, config, data_dir)
-    return read_metrics(config.train.run_dir)
 
 
 def run_and_kill(config: Config, is_time: Callable[[], bool]) -> None:

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from moe_ray.checkpoint.catalog import list_checkpoints
 from moe_ray.checkpoint.inference import load_for_inference
 from moe_ray.checkpoint.manifest import read_manifest
 from moe_ray.config import Config, build_config
-from moe_ray.data.prepare import prepare
 from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.models.hf.resolve import resolve_model
 from moe_ray.models.hf.save import save_folder
@@ -31,9 +30,8 @@ from moe_ray.models.transformer import Transformer, build_model
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.parallel.shard import build_sharded_model
 from moe_ray.telemetry.clock import PhaseClock
-from moe_ray.telemetry.run_log import read_metrics
-from moe_ray.training.loop import train
 from moe_ray.training.resume import check_settings
+from tests import tiny
 from tests.hf_folders import CASES, DENSE_CASES, load_reference, make_folder
 from tests.tiny import copy_corpus
 from tests.worlds import run_world
@@ -41,12 +39,7 @@ from tests.worlds import run_world
 PROMPT = torch.arange(1, 33)[None]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +80,9 @@ def settings(corpus: Path, tmp_path: Path) -> Callable[..., Config]:
     return make
 
 
-def rank_main(rank: int, config: Config, data_dir: Path) -> None:
-    train(config, build_mesh(config.parallel.ep), data_dir, lambda metrics: None)
-
-
 def run(config: Config) -> list[dict[str, Any]]:
     """Train as the launcher would; returns the logged metrics."""
-    config = resolve_model(config)
-    data_dir = prepare(config)
-    config.train.run_dir.mkdir(parents=True, exist_ok=True)
-    if config.parallel.workers == 1:
-        rank_main(0, config, data_dir)
-    else:
-        run_world(config.parallel.workers, rank_main, config, data_dir)
-    return read_metrics(config.train.run_dir)
+    return tiny.run(resolve_model(config))
 
 
 @torch.inference_mode()

@@ -1,9 +1,16 @@
-"""A model and a corpus that train in a second."""
+"""A model and a corpus that train in a second, and a way to train them."""
 
 import shutil
 import sysconfig
 from pathlib import Path
 from typing import Any
+
+from moe_ray.config import Config
+from moe_ray.data.prepare import prepare
+from moe_ray.parallel.mesh import build_mesh
+from moe_ray.telemetry.run_log import read_metrics
+from moe_ray.training.loop import train
+from tests.worlds import run_world
 
 _MODULES = ("argparse", "ast", "bisect", "calendar", "copy", "csv", "dis", "enum", "glob", "heapq", "tokenize")
 
@@ -48,3 +55,16 @@ def tiny_settings(corpus: Path, storage: Path, name: str) -> dict[str, Any]:
         },
         "checkpoint": {"every": 4},
     }
+
+
+def rank_main(rank: int, config: Config, data_dir: Path) -> None:
+    """One rank of a training run, without Ray."""
+    train(config, build_mesh(config.parallel.ep), data_dir, lambda metrics: None)
+
+
+def run(config: Config) -> list[dict[str, Any]]:
+    """Train to the end in `parallel.workers` processes; returns the logged metrics."""
+    data_dir = prepare(config)
+    config.train.run_dir.mkdir(parents=True, exist_ok=True)
+    run_world(config.parallel.workers, rank_main, config, data_dir)
+    return read_metrics(config.train.run_dir)

@@ -1,7 +1,6 @@
 """Open a checkpoint or a Hugging Face folder to evaluate, serve or export it."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +8,12 @@ import torch
 
 from moe_ray.checkpoint.catalog import resolve_checkpoint
 from moe_ray.checkpoint.load import load_model
-from moe_ray.checkpoint.manifest import MANIFEST
+from moe_ray.checkpoint.manifest import MANIFEST, Manifest
 from moe_ray.checkpoint.save import TOKENIZER
 from moe_ray.config import Config, DataConfig, Dtype, build_config
 from moe_ray.data.tokenizer import Tokenizer, load_tokenizer
 from moe_ray.models.hf.config import is_hf_folder
-from moe_ray.models.hf.load import check_folder, load_weights, read_model_config, use_stored_dtypes
+from moe_ray.models.hf.load import load_weights, open_folder, read_model_config, use_stored_dtypes
 from moe_ray.models.hf.sidecars import read_sidecars, token_ids
 from moe_ray.models.router import Router
 from moe_ray.models.transformer import Transformer, materialize
@@ -61,21 +60,25 @@ def load_for_inference(
         CheckpointError: there is none, or it is damaged, or its architecture is not supported.
     """
     opened = _open(source)
+    path, config, manifest = opened.path, opened.config, opened.manifest
     with torch.device("meta"):
-        model = Transformer(opened.config.model)
-    if opened.is_hf:
-        check_folder(opened.path, model)
+        model = Transformer(config.model)
+    folder = open_folder(path, model) if manifest is None else None
     if dtype is not None:
         _cast(model, getattr(torch, dtype))
-    elif opened.is_hf:
-        use_stored_dtypes(opened.path, model)
+    elif folder is not None:
+        use_stored_dtypes(folder, model)
     materialize(model, device)
     for moe in model.moe_modules():
-        moe.router.init_buffers("")
-    opened.load(model)
+        moe.router.init_state("")
+    if manifest is not None:
+        load_model(path, manifest, model)
+    elif folder is not None:
+        load_weights(folder, model)
     model.requires_grad_(False)
-    tokenizer = load_tokenizer(opened.path / TOKENIZER, opened.eos_id)
-    return InferenceModel(model.eval(), tokenizer, opened.config, opened.step, opened.data_digest, opened.path)
+    tokenizer = load_tokenizer(path / TOKENIZER, opened.eos_id)
+    step, digest = (manifest.step, manifest.data_digest) if manifest is not None else (0, "")
+    return InferenceModel(model.eval(), tokenizer, config, step, digest, path)
 
 
 def resolve_source(source: str | Path) -> tuple[Path, Config]:
@@ -90,15 +93,12 @@ def resolve_source(source: str | Path) -> tuple[Path, Config]:
 
 @dataclass(frozen=True)
 class _Opened:
-    """Settings of a model, and how to fill it."""
+    """Where a model is and what its settings are; a Hugging Face folder has no manifest."""
 
     path: Path
     config: Config
-    load: Callable[[Transformer], None]
-    is_hf: bool
+    manifest: Manifest | None
     eos_id: int | None = None
-    step: int = 0
-    data_digest: str = ""
 
 
 def _open(source: str | Path) -> _Opened:
@@ -109,15 +109,7 @@ def _open(source: str | Path) -> _Opened:
 
 def _open_checkpoint(source: str | Path) -> _Opened:
     path, manifest = resolve_checkpoint(source, frozenset({"model", "tokenizer", "sidecar"}))
-    config = build_config(manifest.config)
-    return _Opened(
-        path,
-        config,
-        lambda model: load_model(path, manifest, model),
-        is_hf=False,
-        step=manifest.step,
-        data_digest=manifest.data_digest,
-    )
+    return _Opened(path, build_config(manifest.config), manifest)
 
 
 def _open_hf_folder(folder: Path) -> _Opened:
@@ -134,13 +126,8 @@ def _open_hf_folder(folder: Path) -> _Opened:
     # Chat models end a turn with a token of their own, the first if there are several.
     eos_id = token_ids(read_sidecars(folder))["eos_token_id"]
     eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
-    return _Opened(
-        folder,
-        config,
-        lambda model: load_weights(folder, model),
-        is_hf=True,
-        eos_id=eos_id if isinstance(eos_id, int) and eos_id < model.vocab_size else None,
-    )
+    known = isinstance(eos_id, int) and eos_id < model.vocab_size
+    return _Opened(folder, config, manifest=None, eos_id=eos_id if known else None)
 
 
 def _cast(model: Transformer, dtype: torch.dtype) -> None:

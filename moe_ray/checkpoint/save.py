@@ -4,7 +4,6 @@ Every expert tensor is written by a rank that holds it, everything else by rank 
 another's share, and any other world can read its own.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from moe_ray.checkpoint.catalog import checkpoint_path, keep_newest, staging_pat
 from moe_ray.checkpoint.manifest import MANIFEST, FileEntry, Manifest, describe_file
 from moe_ray.checkpoint.state import first_local_expert, model_tensors, optimizer_tensors
 from moe_ray.config import Config
+from moe_ray.durable import sync
 from moe_ray.errors import StorageError
 from moe_ray.models.transformer import Transformer
 from moe_ray.parallel.mesh import Mesh
@@ -43,7 +43,7 @@ class _SmallFiles:
         entries = [describe_file(staging / TOKENIZER, "tokenizer")]
         entries += [describe_file(staging / name, "sidecar") for name in self.sidecars]
         for entry in entries:
-            _sync(staging / entry.name)
+            sync(staging / entry.name)
         return entries
 
 
@@ -148,12 +148,12 @@ def _publish(staging: Path, final: Path, config: Config, mesh: Mesh, step: int, 
         files=tuple(files),
     )
     (staging / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-    _sync(staging / MANIFEST)
-    _sync(staging)
+    sync(staging / MANIFEST)
+    sync(staging)
     if final.exists():  # a damaged one that was passed over at the start
         shutil.rmtree(final)
     staging.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     keep_newest(config.train.run_dir, config.checkpoint.keep_last)
 
 
@@ -163,13 +163,4 @@ def _entries_path(staging: Path, rank: int) -> Path:
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or directory to the disk, so that the rename cannot overtake the content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)

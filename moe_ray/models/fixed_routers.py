@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_ray.config import ModelConfig
-from moe_ray.models.router import Router, Routing, seeded_generator
+from moe_ray.models.router import Router, Routing
+from moe_ray.models.seeding import seeded_generator
 
 
 class HashRouter(Router):
@@ -34,9 +35,9 @@ class HashRouter(Router):
         weights_TK = torch.full_like(expert_ids_TK, share * self.config.route_scale, dtype=torch.float32)
         return Routing(None, probs_TE, expert_ids_TK, weights_TK)
 
-    def init_buffers(self, key: str) -> None:
+    def init_state(self, key: str) -> None:
         """A random table, another one in each layer."""
-        super().init_buffers(key)
+        super().init_state(key)
         scores_VE = torch.rand(len(self.expert_ids_VK), self.config.num_experts, generator=seeded_generator(key))
         self.expert_ids_VK.copy_(scores_VE.topk(self.config.top_k, dim=1).indices)
 

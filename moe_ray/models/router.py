@@ -3,7 +3,6 @@
 Shapes: B batch, S sequence, T tokens (B*S), D model dim, E experts, K experts a token.
 """
 
-import hashlib
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -66,7 +65,7 @@ class Router(nn.Module):
     tokens of a pass belong to different sequences.
 
     Built without memory, it gets its values afterwards: matrices like all of the model, norms ones, other vectors
-    and scalars zeros, buffers what `init_buffers` sets.
+    and scalars zeros, buffers what `init_state` sets.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -85,7 +84,7 @@ class Router(nn.Module):
         """
         raise NotImplementedError
 
-    def init_buffers(self, key: str) -> None:
+    def init_state(self, key: str) -> None:
         """Set all buffers, and parameters that should start otherwise.
 
         Random ones come from `seeded_generator(key)`, so that all ranks agree.
@@ -134,8 +133,3 @@ def check_routing(routing: Routing, router: str, num_tokens: int, num_experts: i
         fail("weights_TK that are not finite")
     if routing.kept_TK is not None and (routing.weights_TK[~routing.kept_TK] != 0).any():
         fail("weights_TK other than 0 for pairs that are not kept")
-
-
-def seeded_generator(key: str) -> torch.Generator:
-    """A generator whose stream is a function of a text."""
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))

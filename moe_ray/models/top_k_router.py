@@ -59,9 +59,9 @@ class TopKRouter(Router):
             weights_TK = weights_TK * config.route_scale
         return Routing(logits_TE, probs_TE, expert_ids_TK, weights_TK)
 
-    def init_buffers(self, key: str) -> None:
+    def init_state(self, key: str) -> None:
         """All experts alike."""
-        super().init_buffers(key)
+        super().init_state(key)
         if self.expert_bias_E is not None:
             self.expert_bias_E.zero_()
 

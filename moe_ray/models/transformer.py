@@ -18,7 +18,8 @@ from moe_ray.models.experts import GroupedExperts
 from moe_ray.models.feed_forward import FeedForward
 from moe_ray.models.moe import MoE
 from moe_ray.models.rope import Rope, rope_cos_sin
-from moe_ray.models.router import Router, Routing, seeded_generator
+from moe_ray.models.router import Router, Routing
+from moe_ray.models.seeding import seeded_generator
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def init_weights(model: Transformer, seed: int) -> Transformer:
                 _normal_(parameter, scale, f"{seed}/{full_name}")
     for module_name, module in model.named_modules():
         if isinstance(module, Router):
-            module.init_buffers(f"{seed}/{module_name}")
+            module.init_state(f"{seed}/{module_name}")
             _check_buffers(module, model.config.router)
     return model
 
@@ -160,7 +161,7 @@ def _check_buffers(router: Router, name: str) -> None:
         if buffer.is_floating_point() and buffer.isnan().any():
             raise ConfigError(
                 f"model.router={name!r} leaves its buffer {buffer_name} without values.",
-                "set it in the method init_buffers, which begins with super().init_buffers(key): values given in "
+                "set it in the method init_state, which begins with super().init_state(key): values given in "
                 "the constructor do not last.",
             )
 

@@ -1,13 +1,14 @@
 """Weights of a Hugging Face folder into our model; each rank reads only its share."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from moe_ray.errors import CheckpointError
 from moe_ray.model_config import ModelConfig
-from moe_ray.models.hf.architectures import Architecture
+from moe_ray.models.hf.architectures import ARCHITECTURES, Architecture
 from moe_ray.models.hf.config import read_config, read_tree, validate_settings
 from moe_ray.models.hf.files import WeightFiles
 from moe_ray.models.hf.tensors import pieces, stored_shapes
@@ -28,18 +29,33 @@ def read_model_config(folder: Path) -> ModelConfig:
     return validate_settings({"preset": architecture.name} | settings, folder)
 
 
-def use_stored_dtypes(folder: Path, model: Transformer) -> None:
-    """Give each tensor of a model on the meta device the type in which the folder stores it.
+@dataclass(frozen=True)
+class OpenFolder:
+    """A folder whose files are open and hold the whole of a model."""
+
+    architecture: Architecture
+    files: WeightFiles
+
+
+def open_folder(
+    folder: Path, model: Transformer, architectures: dict[str, Architecture] = ARCHITECTURES
+) -> OpenFolder:
+    """Open the files and compare them with `model`, which needs no memory yet.
 
     Raises:
         CheckpointError: a file is missing or damaged, or does not fit the model.
     """
-    architecture, _ = read_config(read_tree(folder))
+    architecture, _ = read_config(read_tree(folder), architectures)
     files = WeightFiles(folder)
-    check_files(files, model, architecture)
+    _check_files(files, model, architecture)
+    return OpenFolder(architecture, files)
+
+
+def use_stored_dtypes(folder: OpenFolder, model: Transformer) -> None:
+    """Give each tensor of a model on the meta device the type in which the folder stores it."""
     dtypes: dict[str, torch.dtype] = {}
-    for piece in pieces(model, architecture):
-        stored = files.dtype(piece.name)
+    for piece in pieces(model, folder.architecture):
+        stored = folder.files.dtype(piece.name)
         # Of parts of different types, the wider holds both.
         dtypes[piece.ours] = torch.promote_types(dtypes.get(piece.ours, stored), stored)
     for ours, dtype in dtypes.items():
@@ -52,27 +68,14 @@ def use_stored_dtypes(folder: Path, model: Transformer) -> None:
             setattr(module, name, tensor.to(dtype))
 
 
-def check_folder(folder: Path, model: Transformer) -> None:
-    """Raise a CheckpointError unless the files hold the whole of `model`, which may have no memory yet."""
-    architecture, _ = read_config(read_tree(folder))
-    check_files(WeightFiles(folder), model, architecture)
-
-
 @torch.no_grad()
-def load_weights(folder: Path, model: Transformer) -> None:
-    """Copy the weights of a folder, or this rank's share of them, over those of `model`, in its types.
-
-    Raises:
-        CheckpointError: a file is missing or damaged, or does not fit the model.
-    """
-    architecture, _ = read_config(read_tree(folder))
-    files = WeightFiles(folder)
-    check_files(files, model, architecture)
-    for piece in pieces(model, architecture):
-        piece.load(files.read(piece.name, piece.rows))
+def load_weights(folder: OpenFolder, model: Transformer) -> None:
+    """Copy the weights of a folder, or this rank's share of them, over those of `model`, in its types."""
+    for piece in pieces(model, folder.architecture):
+        piece.load(folder.files.read(piece.name, piece.rows))
 
 
-def check_files(files: WeightFiles, model: Transformer, architecture: Architecture) -> None:
+def _check_files(files: WeightFiles, model: Transformer, architecture: Architecture) -> None:
     """Raise a CheckpointError unless the files hold the whole of `model`, and nothing else that matters."""
     shapes = stored_shapes(model.config, architecture)
     num_layers, is_tied = model.config.num_layers, model.config.tie_embeddings

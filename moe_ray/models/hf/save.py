@@ -6,7 +6,6 @@ would be there twice.
 """
 
 import json
-import os
 import shutil
 import struct
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from moe_ray.durable import sync
 from moe_ray.errors import ConfigError, StorageError
 from moe_ray.models.hf.architectures import Architecture
 from moe_ray.models.hf.config import CONFIG_FILE, architecture_of, write_config
@@ -105,10 +105,10 @@ def _staged(folder: Path) -> Generator[Path]:
         yield staging
         staging.chmod(0o755)
         for path in (*staging.iterdir(), staging):
-            _sync(path)
+            sync(path)
         check_free(folder)
         staging.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise _unwritable(folder, error) from None
     finally:
@@ -170,12 +170,3 @@ def _write_file(path: Path, tensors: Sequence[_Tensor]) -> None:
 
 def _json(tree: dict[str, Any]) -> bytes:
     return (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or directory to the disk, so that the rename cannot overtake the content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

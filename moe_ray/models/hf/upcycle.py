@@ -9,11 +9,9 @@ from pathlib import Path
 import torch
 
 from moe_ray.models.hf.architectures import DENSE_ARCHITECTURES
-from moe_ray.models.hf.config import read_config, read_tree
-from moe_ray.models.hf.files import WeightFiles
-from moe_ray.models.hf.load import check_files, load_weights
+from moe_ray.models.hf.load import load_weights, open_folder
 from moe_ray.models.hf.tensors import pieces
-from moe_ray.models.router import seeded_generator
+from moe_ray.models.seeding import seeded_generator
 from moe_ray.models.transformer import Transformer
 
 
@@ -28,7 +26,7 @@ def load_start(model: Transformer, seed: int) -> None:
         CheckpointError: a file is missing or damaged, or does not fit the model.
     """
     if model.config.init_from is not None:
-        load_weights(Path(model.config.init_from), model)
+        load_weights(open_folder(Path(model.config.init_from), model), model)
     elif model.config.upcycle_from is not None:
         _upcycle(Path(model.config.upcycle_from), model, seed)
 
@@ -36,11 +34,9 @@ def load_start(model: Transformer, seed: int) -> None:
 @torch.no_grad()
 def _upcycle(folder: Path, model: Transformer, seed: int) -> None:
     """Copy a dense model; routers keep their initial weights."""
-    architecture, _ = read_config(read_tree(folder), DENSE_ARCHITECTURES)
-    files = WeightFiles(folder)
-    check_files(files, model, architecture)
-    for piece in pieces(model, architecture):
-        stored = files.read(piece.name)
+    dense = open_folder(folder, model, DENSE_ARCHITECTURES)
+    for piece in pieces(model, dense.architecture):
+        stored = dense.files.read(piece.name)
         piece.load(stored)
         if piece.expert is not None and model.config.upcycle_noise:
             generator = seeded_generator(f"{seed}/upcycle/{piece.name}/{piece.expert}")
