@@ -456,7 +456,7 @@ def test_existing_folder_is_refused_and_nothing_half_written_stays(
     def fail(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moe_ray.models.hf.save._sync", fail)
+    monkeypatch.setattr("moe_ray.models.hf.save.sync", fail)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(StorageError, match=r"No space left.*Fix: free space"):
         export(str(mixtral), str(tmp_path / "out"), [])
