@@ -99,7 +99,7 @@ def _run(cluster: LocalCluster, config: Config, arguments: list[str], job_id: st
         data_dir = prepare_corpus(config)
     with stages.stage("Ray cluster on this machine"):
         head = start_cluster(cluster, config)
-    with stages.stage(f"training on {config.parallel.workers} workers, {config.train.steps} steps"):
+    with stages.stage(f"training on {config.parallel.max_workers} workers, {config.train.steps} steps"):
         train(cluster, head, config, arguments, job_id)
     with stages.stage("held-out evaluation"):
         evaluate(config, data_dir)
@@ -138,7 +138,7 @@ def prepare_corpus(config: Config) -> Path:
 def start_cluster(cluster: LocalCluster, config: Config) -> Head:
     """A running cluster on which the run and the replicas fit, those of an earlier run included."""
     parallel, serve = config.parallel, config.serve
-    needed = parallel.workers * parallel.cpus_per_worker + 2 * serve.min_replicas * serve.cpus_per_replica
+    needed = parallel.max_workers * parallel.cpus_per_worker + 2 * serve.min_replicas * serve.cpus_per_replica
     head = cluster.start(max(os.cpu_count() or 1, -int(-needed // 1)))
     # Before anything imports ray, which reads them then.
     os.environ.update(cluster.environment(head))

@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined
 
 from moe_ray.errors import ConfigError
 from moe_ray.model_config import ModelConfig, divisors
-from moe_ray.section import BelowOne, Count, NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Width
+from moe_ray.section import BelowOne, Count, Factor, NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Width
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
@@ -46,15 +46,55 @@ class DataConfig(Section):
 class ParallelConfig(Section):
     """How many workers train and how the experts are spread over them."""
 
-    workers: Count = Field(1, description="Ray Train workers (the world size)")
-    ep: Count = Field(1, description="expert parallelism: ranks that share one set of experts")
+    workers: Count | tuple[Count, Count] = Field(
+        1, description="Ray Train workers (the world size); [min, max]: as many as the cluster has room for"
+    )
+    ep: Count | Literal["auto"] = Field(
+        1,
+        description="expert parallelism: most ranks that share one set of experts; each start takes the largest "
+        "that divides world and experts; auto: no limit",
+    )
+    shard_dense: bool = Field(
+        False, description="shard the parameters that are no experts over all workers (FSDP2)"
+    )
+    shard_experts: bool = Field(
+        False, description="shard each expert over the workers that hold copies of it (FSDP2)"
+    )
+    memory_gib: PositiveFloat | None = Field(
+        None, description="memory of a worker that planning counts on; default: what its device or node has"
+    )
+    dispatch_buffer_factor: Factor = Field(
+        2.0,
+        description="rows whose expert activations a worker keeps, over the balanced share; what exceeds them is "
+        "recomputed in the backward pass",
+    )
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs granted to a worker, also its thread count")
     use_gpu: bool = Field(False, description="one GPU a worker, NCCL instead of gloo")
-    timeout_seconds: PositiveInt = Field(300, description="a collective that takes longer counts as a failure")
+    timeout_seconds: PositiveInt = Field(
+        300, description="a collective, or a worker's silence, that lasts longer counts as a failure"
+    )
+    max_failures: PositiveInt = Field(
+        5, description="failures in a row without a finished step in between before training gives up"
+    )
+
+    @property
+    def min_workers(self) -> int:
+        """Smallest world that may train."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """Largest world that may train."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.workers % self.ep:
+        if self.min_workers > self.max_workers:
+            raise ConfigError(
+                f"parallel.workers={list(self.workers)!r} begins with the larger number.",  # ty: ignore
+                "write [min, max].",
+            )
+        if isinstance(self.workers, int) and isinstance(self.ep, int) and self.workers % self.ep:
             raise ConfigError(
                 f"parallel.ep={self.ep} does not divide parallel.workers={self.workers}.",
                 f"use one of {divisors(self.workers)}.",
@@ -90,6 +130,10 @@ class TrainConfig(Section):
     log_every: PositiveInt = Field(10, description="steps between logged metrics")
     eval_every: PositiveInt = Field(200, description="steps between evaluations")
     eval_batches: Width = Field(8, description="global batches of one evaluation")
+    max_bad_steps: PositiveInt = Field(
+        5,
+        description="steps in a row with a loss or gradient that is not finite, skipped, before training stops",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -116,6 +160,19 @@ class CheckpointConfig(Section):
 
     every: PositiveInt = Field(200, description="steps between checkpoints; the last step is always saved")
     keep_last: PositiveInt = Field(3, description="newest checkpoints that are kept")
+    keep_every: NonNegativeInt = Field(0, description="keep also those whose step is a multiple of this; 0: none")
+    keep_best: NonNegativeInt = Field(0, description="keep also this many with the best `best_metric`")
+    best_metric: str = Field("val_loss", description="a number that the run logs")
+    best_is: Literal["lowest", "highest"] = Field("lowest", description="which `best_metric` is best")
+    asynchronous: bool = Field(
+        True, description="write while training goes on; costs memory for one copy of the state"
+    )
+    retry_seconds: NonNegativeFloat = Field(
+        60.0, description="how long a failing storage operation is tried again"
+    )
+    max_failures: PositiveInt = Field(
+        3, description="checkpoints in a row that could not be written before training stops"
+    )
 
 
 class TelemetryConfig(Section):
@@ -171,9 +228,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.model.is_known("num_experts") and self.model.num_experts % self.parallel.ep:
+        workers, ep = self.parallel.workers, self.parallel.ep
+        fixed = isinstance(workers, int) and isinstance(ep, int)
+        if fixed and self.model.is_known("num_experts") and self.model.num_experts % ep:
             raise ConfigError(
-                f"parallel.ep={self.parallel.ep} does not divide model.num_experts={self.model.num_experts}.",
+                f"parallel.ep={ep} does not divide model.num_experts={self.model.num_experts}.",
                 f"use one of {divisors(self.model.num_experts)} that also divides parallel.workers.",
             )
         if self.optim.warmup_steps >= self.train.steps and self.optim.warmup_steps > 0:
@@ -271,8 +330,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError) -> ConfigError:
     """One line a problem, each with the nearest valid key or what is allowed."""
     problems, fixes = [], []
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])
+    # A field of several types has a problem for each; the first says enough.
+    items = {
+        ".".join(str(part) for part in item["loc"][:2]): item for item in error.errors(include_url=False)[::-1]
+    }
+    for key, item in reversed(items.items()):
         if item["type"] == "extra_forbidden":
             problems.append(f"unknown setting {key!r}.")
             nearest = difflib.get_close_matches(key, list(setting_names()), n=1, cutoff=0.0)[0]

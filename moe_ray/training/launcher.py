@@ -82,7 +82,7 @@ def connect(parallel: ParallelConfig) -> None:
         _warn_if_too_small(parallel)
         return
     # Logical CPUs: more workers than cores are slow, not wrong.
-    num_cpus = max(os.cpu_count() or 1, math.ceil(parallel.workers * parallel.cpus_per_worker))
+    num_cpus = max(os.cpu_count() or 1, math.ceil(parallel.max_workers * parallel.cpus_per_worker))
     ray.init(
         address="local",
         num_cpus=num_cpus,
@@ -94,12 +94,12 @@ def connect(parallel: ParallelConfig) -> None:
 
 def _warn_if_too_small(parallel: ParallelConfig) -> None:
     """Only a warning: a cluster that grows on demand may be small now."""
-    has, needs = ray.cluster_resources().get("CPU", 0.0), parallel.workers * parallel.cpus_per_worker
+    has, needs = ray.cluster_resources().get("CPU", 0.0), parallel.min_workers * parallel.cpus_per_worker
     if needs > has:
         _logger.warning(
             "parallel.workers=%d with parallel.cpus_per_worker=%g need %g CPUs and the cluster has %g: training "
             "waits for more nodes. Fix: lower one of the two if none will come.",
-            parallel.workers,
+            parallel.min_workers,
             parallel.cpus_per_worker,
             needs,
             has,
@@ -115,7 +115,7 @@ def _trainer(config: Config, data_dir: Path) -> TorchTrainer:
             backend="nccl" if parallel.use_gpu else "gloo", timeout_s=parallel.timeout_seconds
         ),
         scaling_config=ScalingConfig(  # ty: ignore
-            num_workers=parallel.workers,
+            num_workers=parallel.max_workers,
             use_gpu=parallel.use_gpu,
             resources_per_worker={"CPU": parallel.cpus_per_worker} | ({"GPU": 1} if parallel.use_gpu else {}),
         ),
@@ -134,7 +134,7 @@ def _worker(arguments: dict[str, Any]) -> None:
     keep_freed_memory()
     set_threads(config.parallel.cpus_per_worker)
     device = get_device() if config.parallel.use_gpu else torch.device("cpu")
-    train(config, build_mesh(config.parallel.ep, device), Path(arguments["data_dir"]), _report)
+    train(config, build_mesh(int(config.parallel.ep), device), Path(arguments["data_dir"]), _report)
 
 
 def _report(metrics: dict[str, Any]) -> None:
