@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jobs.cli import exit_on_error
 from moe_ray.checkpoint.inference import InferenceModel, load_for_inference
-from moe_ray.checkpoint.save import TOKENIZER
+from moe_ray.checkpoint.manifest import TOKENIZER
 from moe_ray.config import Config, build_config
 from moe_ray.cpu import keep_freed_memory
 from moe_ray.data.prepare import prepare

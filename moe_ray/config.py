@@ -73,6 +73,9 @@ class ParallelConfig(Section):
     timeout_seconds: PositiveInt = Field(
         300, description="a collective, or a worker's silence, that lasts longer counts as a failure"
     )
+    grow_after_seconds: NonNegativeFloat = Field(
+        60.0, description="a world that could grow trains for at least this long before it restarts larger"
+    )
     max_failures: PositiveInt = Field(
         5, description="failures in a row without a finished step in between before training gives up"
     )
@@ -121,7 +124,9 @@ class TrainConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
         "run", description="name of the run; its folder is STORAGE/NAME"
     )
-    storage: str = Field("~/moe_ray", description="folder of all runs, reachable from every node")
+    storage: str = Field("~/moe_ray",
+        description="folder of all runs, reachable from every node, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX",
+    )
     steps: PositiveInt = Field(1000, description="optimizer steps")
     global_batch: Width = Field(16, description="sequences of one optimizer step, over all workers")
     micro_batch: Width = Field(8, description="most sequences of one forward pass of a worker")
@@ -138,10 +143,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if "://" in self.storage:
-            raise ConfigError(
-                f"train.storage={self.storage!r} is a URL; runs are stored in a folder.",
-                "give a path that every node can reach, such as /mnt/shared/moe_ray.",
-            )
+            return self
         expanded = os.path.expanduser(self.storage)
         if not self.storage or "\0" in self.storage or expanded.startswith("~"):
             raise ConfigError(
@@ -151,8 +153,17 @@ class TrainConfig(Section):
 
     @property
     def run_dir(self) -> Path:
-        """Folder of this run."""
+        """Folder of this run, for storage on a disk."""
+        assert "://" not in self.storage, "an object store has no folders"
         return Path(self.storage).expanduser() / self.name
+
+    @property
+    def run_uri(self) -> str:
+        """Where this run is stored: a path, or a URL with the query of `storage`."""
+        if "://" not in self.storage:
+            return str(self.run_dir)
+        base, mark, query = self.storage.partition("?")
+        return f"{base.rstrip('/')}/{self.name}{mark}{query}"
 
 
 class CheckpointConfig(Section):

@@ -65,3 +65,7 @@ class StorageError(MoeRayError):
 
 class TrainingError(MoeRayError):
     """Training cannot go on."""
+
+
+class RestartRequested(MoeRayError):
+    """No failure: the workers have saved and make way for another world."""

@@ -1,107 +1,198 @@
-"""The checkpoints of a run: names, order, the newest good one, retention."""
+"""The checkpoints of a run: names, order, the newest good one, what a killed writer left."""
 
 import logging
 import os
 import re
-import shutil
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
-from moe_ray.checkpoint.manifest import MANIFEST, Manifest, read_manifest, verify
+from moe_ray.checkpoint.manifest import MANIFEST, FileEntry, Manifest, check_file, decode_manifest
 from moe_ray.errors import CheckpointError
+from moe_ray.storage import Storage, open_storage
 
 _logger = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+DAMAGED = f"damaged-{MANIFEST}"
 _NAME = re.compile(r"step-(\d{8,})")
-_STAGING_PREFIX = ".staging-"
+_FOR_INFERENCE = frozenset({"model", "tokenizer", "sidecar"})
 
 
-def checkpoints_dir(run_dir: Path) -> Path:
-    """Where a run keeps its checkpoints."""
-    return run_dir / "checkpoints"
+def checkpoint_name(step: int) -> str:
+    """Where the checkpoint of a step is or will be, in the storage of its run."""
+    return f"{CHECKPOINTS}/step-{step:08d}"
 
 
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is or will be."""
-    return checkpoints_dir(run_dir) / f"step-{step:08d}"
-
-
-def staging_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of a step is written before it becomes visible."""
-    return checkpoints_dir(run_dir) / f"{_STAGING_PREFIX}{step:08d}"
+def list_steps(run: Storage) -> list[int]:
+    """Steps of the complete checkpoints of a run, oldest first."""
+    return sorted(step for step, names in _folders(run).items() if MANIFEST in names)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    found = checkpoints_dir(run_dir).glob(f"step-*/{MANIFEST}")
-    named = [(match, path.parent) for path in found if (match := _NAME.fullmatch(path.parent.name))]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in named)]
+    """Complete checkpoints of a run on a disk, oldest first."""
+    return [run_dir / checkpoint_name(step) for step in list_steps(open_storage(run_dir))]
 
 
-def newest_good(run_dir: Path, kinds: frozenset[str] | None = None) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that verifies; damaged ones are logged with the file at fault and passed over.
+def read_manifest(checkpoint: Storage | Path) -> Manifest:
+    """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: there are checkpoints but all are damaged.
+        CheckpointError: it is missing or damaged, or of a format that this version does not know.
+        StorageError: it cannot be read now.
     """
-    checkpoints = list_checkpoints(run_dir)
-    for checkpoint in reversed(checkpoints):
+    storage = open_storage(checkpoint) if isinstance(checkpoint, Path) else checkpoint
+    try:
+        content = storage.read(MANIFEST)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{storage.uri!r} is no checkpoint: it has no {MANIFEST}.",
+            "give a run folder or one of its checkpoints/step-* folders.",
+        ) from None
+    return decode_manifest(content, f"{storage.uri.partition('?')[0]}/{MANIFEST}")
+
+
+def read_step(run: Storage, step: int) -> Manifest:
+    """The manifest of a run's checkpoint.
+
+    Raises:
+        CheckpointError: as `read_manifest`, or the folder's name lies.
+        StorageError: it cannot be read now.
+    """
+    manifest = read_manifest(run.child(checkpoint_name(step)))
+    if manifest.step != step:
+        raise CheckpointError(f"{checkpoint_name(step)} holds step {manifest.step}.", "rename it.")
+    return manifest
+
+
+def newest_manifest(run: Storage) -> Manifest | None:
+    """That of the newest checkpoint whose manifest is whole, without a look at its other files."""
+    for step in reversed(list_steps(run)):
         try:
-            manifest = read_manifest(checkpoint)
-            if checkpoint != checkpoint_path(run_dir, manifest.step):
-                raise CheckpointError(f"{str(checkpoint)!r} holds step {manifest.step}.", "rename it.")
-            verify(checkpoint, manifest, kinds)
+            return read_step(run, step)
         except CheckpointError as error:
             _logger.warning("skipping a checkpoint: %s", error.problem)
-        else:
-            return checkpoint, manifest
-    if checkpoints:
-        raise CheckpointError(
-            f"all {len(checkpoints)} checkpoints in {str(checkpoints_dir(run_dir))!r} are damaged.",
-            "restore one from a backup, or choose another train.name to start again.",
-        )
     return None
 
 
+def open_files(checkpoint: Storage, files: Iterable[FileEntry]) -> Path:
+    """A local folder that holds these files of a checkpoint, each compared with its checksum.
+
+    A checkpoint on a disk is used where it is; of one in an object store the files are copied to this node, once
+    for all its processes.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; it is named.
+        StorageError: it cannot be read now.
+    """
+    if checkpoint.local is not None:
+        for entry in files:
+            check_file(checkpoint.local / entry.name, entry)
+        return checkpoint.local
+    folder = cache_folder(checkpoint)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for entry in files:
+        _fetch(checkpoint, entry, folder)
+    return folder
+
+
+def cache_folder(checkpoint: Storage) -> Path:
+    """Where this node keeps copies of a checkpoint's files."""
+    root = os.environ.get("XDG_CACHE_HOME") or (Path.home() / ".cache")
+    place = re.sub(r"[^A-Za-z0-9._-]+", "_", checkpoint.uri)
+    return Path(root) / "moe_ray" / place
+
+
 def resolve_checkpoint(
-    run_or_checkpoint: str | Path, kinds: frozenset[str] | None = None
+    run_or_checkpoint: str | Path, kinds: frozenset[str] = _FOR_INFERENCE
 ) -> tuple[Path, Manifest]:
-    """A given checkpoint, or the newest good one of a given run; verified.
+    """A given checkpoint, or the newest good one of a given run, with its files of these kinds at hand.
 
     Raises:
         CheckpointError: there is none, or the given one is damaged.
+        StorageError: the storage cannot be read now.
     """
-    path = Path(os.path.expanduser(run_or_checkpoint)).resolve()
-    if (path / MANIFEST).exists():
-        manifest = read_manifest(path)
-        verify(path, manifest, kinds)
-        return path, manifest
-    found = newest_good(path, kinds)
-    if found is None:
-        state = "holds no checkpoint" if path.is_dir() else "does not exist"
+    storage = open_storage(run_or_checkpoint)
+    if storage.exists(MANIFEST):
+        manifest = read_manifest(storage)
+        return open_files(storage, _of_kinds(manifest, kinds)), manifest
+    steps = list_steps(storage)
+    for step in reversed(steps):
+        try:
+            manifest = read_step(storage, step)
+            return open_files(storage.child(checkpoint_name(step)), _of_kinds(manifest, kinds)), manifest
+        except CheckpointError as error:
+            _logger.warning("skipping a checkpoint: %s", error.problem)
+    if steps:
+        raise all_damaged(storage, len(steps))
+    exists = storage.local is None or storage.local.is_dir()
+    raise CheckpointError(
+        f"checkpoint={str(run_or_checkpoint)!r} {'holds no checkpoint' if exists else 'does not exist'}.",
+        "give a run folder that has checkpoints/, or one of its checkpoints/step-* folders.",
+    )
+
+
+def all_damaged(run: Storage, count: int) -> CheckpointError:
+    """The error of a run that has checkpoints, none of them good."""
+    return CheckpointError(
+        f"all {count} checkpoints in {run.uri!r} are damaged.",
+        "restore one from a backup, or choose another train.name to start again.",
+    )
+
+
+def tidy(run: Storage, step: int) -> None:
+    """Make the checkpoint of `step` (0: none) the newest one. Only the one writer of the run may call this.
+
+    What a killed writer left is removed. Later checkpoints were passed over because they are damaged: they lose
+    their names, so that they neither count as newest nor push out good ones, but are kept for a look at them.
+    """
+    run.clean()
+    for found, names in _folders(run).items():
+        folder = checkpoint_name(found)
+        if MANIFEST in names and found > step:
+            run.write(f"{folder}/{DAMAGED}", run.read(f"{folder}/{MANIFEST}"))
+            run.delete(f"{folder}/{MANIFEST}")
+        elif MANIFEST not in names and DAMAGED not in names:
+            run.delete(folder)
+
+
+def remove(run: Storage, step: int) -> None:
+    """Delete a checkpoint; it ends to be one before its first file goes."""
+    folder = checkpoint_name(step)
+    run.delete(f"{folder}/{MANIFEST}")
+    run.delete(folder)
+
+
+def _folders(run: Storage) -> dict[int, set[str]]:
+    """File names in each folder that is named like a checkpoint, by step."""
+    folders: dict[int, set[str]] = {}
+    for name in run.list(CHECKPOINTS):
+        parts = name.split("/")
+        if len(parts) == 3 and (match := _NAME.fullmatch(parts[1])):
+            folders.setdefault(int(match[1]), set()).add(parts[2])
+    return folders
+
+
+def _of_kinds(manifest: Manifest, kinds: frozenset[str]) -> list[FileEntry]:
+    return [entry for entry in manifest.files if entry.kind in kinds]
+
+
+def _fetch(checkpoint: Storage, entry: FileEntry, folder: Path) -> None:
+    target = folder / entry.name
+    if target.is_file():
+        try:
+            return check_file(target, entry)
+        except CheckpointError:
+            target.unlink(missing_ok=True)
+    descriptor, staged = tempfile.mkstemp(dir=folder, prefix=".fetch-")
+    os.close(descriptor)
+    try:
+        checkpoint.fetch(entry.name, Path(staged))
+        check_file(Path(staged), entry)
+        os.replace(staged, target)
+    except FileNotFoundError:
         raise CheckpointError(
-            f"checkpoint={str(run_or_checkpoint)!r} {state}.",
-            "give a run folder that has checkpoints/, or one of its checkpoints/step-* folders.",
-        )
-    return found
-
-
-def discard_unfinished(run_dir: Path) -> None:
-    """Remove what a killed writer left behind. Only the one writer of the run may call this."""
-    for leftover in checkpoints_dir(run_dir).glob(f"{_STAGING_PREFIX}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def set_aside_later(run_dir: Path, step: int) -> None:
-    """Rename checkpoints that were passed over, so that they neither count as newest nor push out good ones."""
-    for checkpoint in list_checkpoints(run_dir):
-        if checkpoint.name > checkpoint_path(run_dir, step).name:
-            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
-
-
-def keep_newest(run_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints; each disappears by one rename before its files go."""
-    for checkpoint in list_checkpoints(run_dir)[:-keep_last]:
-        doomed = checkpoint.with_name(f"{_STAGING_PREFIX}old-{checkpoint.name}")
-        checkpoint.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+            f"checkpoint file {entry.name!r} of {checkpoint.uri!r} is missing.",
+            "use another checkpoint of the run.",
+        ) from None
+    finally:
+        Path(staged).unlink(missing_ok=True)

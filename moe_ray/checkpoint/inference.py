@@ -8,8 +8,7 @@ import torch
 
 from moe_ray.checkpoint.catalog import resolve_checkpoint
 from moe_ray.checkpoint.load import load_model
-from moe_ray.checkpoint.manifest import MANIFEST, Manifest
-from moe_ray.checkpoint.save import TOKENIZER
+from moe_ray.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest
 from moe_ray.config import Config, DataConfig, Dtype, build_config
 from moe_ray.data.tokenizer import Tokenizer, load_tokenizer
 from moe_ray.models.hf.config import is_hf_folder
@@ -102,13 +101,15 @@ class _Opened:
 
 
 def _open(source: str | Path) -> _Opened:
+    if "://" in str(source):
+        return _open_checkpoint(source)
     folder = Path(source).expanduser().resolve()
     is_checkpoint = (folder / MANIFEST).exists()
     return _open_hf_folder(folder) if is_hf_folder(folder) and not is_checkpoint else _open_checkpoint(source)
 
 
 def _open_checkpoint(source: str | Path) -> _Opened:
-    path, manifest = resolve_checkpoint(source, frozenset({"model", "tokenizer", "sidecar"}))
+    path, manifest = resolve_checkpoint(source)
     return _Opened(path, build_config(manifest.config), manifest)
 
 

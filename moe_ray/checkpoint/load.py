@@ -1,84 +1,98 @@
-"""Read a checkpoint into a model and optimizer of any world size and `ep`; each rank reads only its share."""
+"""Read a checkpoint into the training state of any world: each rank reads only the boxes that it holds."""
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
 
-from moe_ray.checkpoint.manifest import FileEntry, Manifest
-from moe_ray.checkpoint.state import first_local_expert
+from moe_ray.checkpoint.manifest import FileEntry, FileKind, Manifest, Part
 from moe_ray.errors import CheckpointError
 from moe_ray.models.transformer import Transformer
+from moe_ray.parallel.layout import Shard, model_shards
+from moe_ray.parallel.mesh import Mesh
+
+_OTHER_SETTINGS = "use the model settings that the run was started with."
 
 
-@torch.no_grad()
-def load_model(checkpoint: Path, manifest: Manifest, model: Transformer) -> None:
-    """Copy the weights and buffers of a verified checkpoint into `model`.
+def load_model(folder: Path, manifest: Manifest, model: Transformer) -> None:
+    """Copy the weights and buffers of verified files into a model that is whole on this process.
 
     Raises:
         CheckpointError: the checkpoint is of another architecture.
     """
-    reader = _Reader(checkpoint, manifest, "model", model)
-    for name, tensor in model.state_dict().items():
-        stored = reader.read(name)
-        if stored.shape != tensor.shape:
+    alone = Mesh(rank=0, world_size=1, ep=1, device=torch.device("cpu"))
+    load_shards(folder, manifest, "model", model_shards(model, alone))
+
+
+@torch.no_grad()
+def load_shards(folder: Path, manifest: Manifest, kind: FileKind, shards: Mapping[str, Shard]) -> None:
+    """Copy tensors of verified files of one kind into the shards, in place.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape.
+    """
+    sources = _index(manifest, kind)
+    files: dict[str, Any] = {}
+    for name, shard in shards.items():
+        _check_shape(name, shard, sources[name], folder)
+        copied = 0
+        for entry, part, box in _overlaps(shard, sources[name]):
+            if entry.name not in files:
+                files[entry.name] = safe_open(folder / entry.name, framework="pt")
+            stored = files[entry.name].get_slice(name)
+            source = stored[_slices(box, part.offset)] if box else files[entry.name].get_tensor(name)
+            target = shard.local[_slices(box, shard.offset)] if box else shard.local
+            target.copy_(source)
+            copied += source.numel()
+        if copied != shard.local.numel():
+            raise CheckpointError(f"checkpoint {str(folder)!r} lacks parts of {name}.", _OTHER_SETTINGS)
+
+
+def files_for(manifest: Manifest, kind: FileKind, shards: Mapping[str, Shard]) -> list[FileEntry]:
+    """Files of one kind that hold something of these shards."""
+    sources = _index(manifest, kind)
+    needed = {entry.name for name, shard in shards.items() for entry, *_ in _overlaps(shard, sources[name])}
+    return [entry for entry in manifest.files if entry.name in needed]
+
+
+_Box = tuple[tuple[int, int], ...]
+
+
+def _index(manifest: Manifest, kind: FileKind) -> dict[str, list[tuple[FileEntry, Part]]]:
+    sources: dict[str, list[tuple[FileEntry, Part]]] = defaultdict(list)
+    for entry in manifest.files:
+        if entry.kind == kind:
+            for name, part in entry.tensors.items():
+                sources[name].append((entry, part))
+    return sources
+
+
+def _check_shape(name: str, shard: Shard, sources: Iterable[tuple[FileEntry, Part]], folder: Path) -> None:
+    for _, part in sources:
+        if part.whole != shard.shape:
             raise CheckpointError(
-                f"checkpoint {str(checkpoint)!r} has {name} of shape {tuple(stored.shape)} "
-                f"where the model has {tuple(tensor.shape)}.",
-                "use the model settings that the run was started with.",
+                f"checkpoint {str(folder)!r} has {name} of shape {part.whole} where the model has {shard.shape}.",
+                _OTHER_SETTINGS,
             )
-        tensor.copy_(stored)
 
 
-def load_optimizer(
-    checkpoint: Path, manifest: Manifest, model: Transformer, optimizer: torch.optim.Optimizer
-) -> None:
-    """Set the optimizer state of every parameter of `model` from a verified checkpoint."""
-    reader = _Reader(checkpoint, manifest, "optimizer", model)
-    keys = defaultdict(list)
-    for name in reader.names():
-        parameter, _, key = name.rpartition(".")
-        keys[parameter].append(key)
-    for name, parameter in model.named_parameters():
-        state = {key: reader.read(f"{name}.{key}").to(parameter.device) for key in keys[name]}
-        optimizer.state[parameter] = state
-
-
-class _Reader:
-    """Named tensors of one kind of file, those of experts cut to the ones that the model holds."""
-
-    def __init__(
-        self, checkpoint: Path, manifest: Manifest, kind: Literal["model", "optimizer"], model: Transformer
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._first, self._count = first_local_expert(model)
-        self._sources: dict[str, list[tuple[FileEntry, Any]]] = defaultdict(list)
-        for entry in sorted(manifest.files, key=lambda entry: entry.first_expert or 0):
-            if entry.kind == kind:
-                file = safe_open(checkpoint / entry.name, framework="pt")
-                for name in file.keys():  # noqa: SIM118
-                    self._sources[name].append((entry, file))
-
-    def names(self) -> list[str]:
-        return list(self._sources)
-
-    def read(self, name: str) -> Tensor:
-        parts, num_experts = [], 0
-        for entry, file in self._sources.get(name, []):
-            if entry.first_expert is None:
-                return file.get_tensor(name)
-            low = max(self._first, entry.first_expert) - entry.first_expert
-            high = min(self._first + self._count, entry.first_expert + entry.num_experts) - entry.first_expert
-            if low < high:
-                parts.append(file.get_slice(name)[low:high])
-                num_experts += high - low
-        if not parts or num_experts != self._count:
-            raise CheckpointError(
-                f"checkpoint {str(self._checkpoint)!r} lacks {name} "
-                f"for experts {self._first} to {self._first + self._count - 1}.",
-                "use the model settings that the run was started with.",
+def _overlaps(shard: Shard, sources: Iterable[tuple[FileEntry, Part]]) -> Iterator[tuple[FileEntry, Part, _Box]]:
+    """Each stored part that shares elements with the shard, and the box that they share, in whole coordinates."""
+    for entry, part in sources:
+        if len(part.offset) != len(shard.offset):
+            continue
+        box = tuple(
+            (max(mine, theirs), min(mine + my_size, theirs + their_size))
+            for mine, my_size, theirs, their_size in zip(
+                shard.offset, shard.local.shape, part.offset, part.size, strict=True
             )
-        return torch.cat(parts)
+        )
+        if all(low < high for low, high in box):
+            yield entry, part, box
+
+
+def _slices(box: _Box, origin: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(low - start, high - start) for (low, high), start in zip(box, origin, strict=True))

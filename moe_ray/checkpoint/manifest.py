@@ -1,41 +1,61 @@
-"""The manifest of a checkpoint: a directory is a checkpoint when, and only when, it holds one."""
+"""The manifest of a checkpoint: a folder is a checkpoint when, and only when, it holds one.
 
-import hashlib
+The first line of the file holds the checksum of all that follows, so that no byte of it can change unnoticed.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_ray.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+TOKENIZER = "tokenizer.json"
+FORMAT_VERSION = 2
 FileKind = Literal["model", "optimizer", "tokenizer", "sidecar"]
+_OTHER = "use another checkpoint of the run."
 
 
-class FileEntry(BaseModel):
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Part(_Record):
+    """A box of a whole tensor.
+
+    Attributes:
+        offset: where it begins, by dim.
+        size: how far it reaches, by dim.
+        whole: shape of the whole tensor.
+    """
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    whole: tuple[int, ...]
+
+
+class FileEntry(_Record):
     """One file of a checkpoint.
 
     Attributes:
-        name: file name inside the checkpoint directory.
+        name: file name inside the checkpoint folder.
         kind: what it holds; inference reads `model` and `tokenizer`, `sidecar` files only go along for export.
         size: bytes.
-        sha256: hex digest of the content.
-        first_expert: global index of the first expert in the file; None for parameters that are not experts.
-        num_experts: experts in the file.
+        checksum: XXH3 of the content, 128 bits, hexadecimal. It finds damage, not malice.
+        tensors: what a safetensors file holds, by name.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     kind: FileKind
     size: int
-    sha256: str
-    first_expert: int | None = None
-    num_experts: int = 0
+    checksum: str
+    tensors: Mapping[str, Part] = {}
 
 
-class Manifest(BaseModel):
+class Manifest(_Record):
     """What a checkpoint holds and where in the run it was taken.
 
     Attributes:
@@ -46,12 +66,11 @@ class Manifest(BaseModel):
         rng_seed: the generator is seeded anew from this and the step at each step, so this is its whole state.
         world_size: ranks that wrote it; any world can read it.
         ep: expert parallelism of that world.
+        metrics: numbers that the run logged last, by which the best checkpoints are chosen.
         config: the resolved settings of the run.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     step: int
     tokens: int
     data_position: int
@@ -59,90 +78,75 @@ class Manifest(BaseModel):
     rng_seed: int
     world_size: int
     ep: int
+    metrics: Mapping[str, float]
     config: dict[str, Any]
     files: tuple[FileEntry, ...]
 
 
-def describe_file(
-    path: Path,
-    kind: FileKind,
-    first_expert: int | None = None,
-    num_experts: int = 0,
-) -> FileEntry:
-    """Size and checksum of a file that was just written."""
-    return FileEntry(
-        name=path.name,
-        kind=kind,
-        size=path.stat().st_size,
-        sha256=sha256_of(path),
-        first_expert=first_expert,
-        num_experts=num_experts,
-    )
+def checksum_of(content: bytes | memoryview) -> str:
+    """XXH3 of some bytes, 128 bits, hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(content)
 
 
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file's content."""
+def checksum_of_file(path: Path) -> str:
+    """XXH3 of a file's content, 128 bits, hexadecimal."""
+    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint directory.
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The file's content."""
+    body = manifest.model_dump_json(indent=1).encode().removeprefix(b"{\n")
+    return _first_line(checksum_of(body)) + body
+
+
+def decode_manifest(content: bytes, where: str) -> Manifest:
+    """Read the file's content.
+
+    Args:
+        where: the file, for the message.
 
     Raises:
-        CheckpointError: it is missing or damaged, or of a format that this version does not know.
+        CheckpointError: it is damaged, or of a format that this version does not know.
     """
-    path = checkpoint / MANIFEST
+    first, newline, body = content.partition(b"\n")
+    if first + newline != _first_line(checksum_of(body)):
+        raise CheckpointError(f"{where!r} is damaged or of another version.", _OTHER)
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{str(checkpoint)!r} is no checkpoint: it has no {MANIFEST}.",
-            "give a run folder or one of its checkpoints/step-* folders.",
-        ) from None
-    except OSError as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}.", "mend the storage.") from None
+        manifest = Manifest.model_validate_json(b"{" + body)
     except ValidationError as error:
-        where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "content"
-        raise CheckpointError(
-            f"{str(path)!r} is damaged or of another version ({where}).", "use another checkpoint of the run."
-        ) from None
+        field = ".".join(str(part) for part in error.errors()[0]["loc"]) or "content"
+        raise CheckpointError(f"{where!r} is of another version ({field}).", _OTHER) from None
     for entry in manifest.files:
         if Path(entry.name).name != entry.name:
             raise CheckpointError(
-                f"{str(path)!r} names the file {entry.name!r} outside the checkpoint.", "use a trusted checkpoint."
+                f"{where!r} names the file {entry.name!r} outside the checkpoint.", "use a trusted checkpoint."
             )
     return manifest
 
 
-def verify(checkpoint: Path, manifest: Manifest, kinds: frozenset[str] | None = None) -> None:
-    """Compare the files with the manifest.
-
-    Args:
-        kinds: only files of these kinds; default all.
+def check_file(path: Path, entry: FileEntry) -> None:
+    """Compare a file with what the manifest says of it.
 
     Raises:
-        CheckpointError: a file is missing or its size or checksum differ; it is named.
+        CheckpointError: it is missing, or its size or checksum differ; it is named.
     """
-    for entry in manifest.files:
-        if kinds is not None and entry.kind not in kinds:
-            continue
-        problem = _damage(checkpoint / entry.name, entry)
-        if problem is not None:
-            raise CheckpointError(
-                f"checkpoint file {str(checkpoint / entry.name)!r} {problem}.",
-                "use another checkpoint of the run.",
-            )
-
-
-def _damage(path: Path, entry: FileEntry) -> str | None:
     try:
         if not path.is_file():
-            return "is missing"
-        if path.stat().st_size != entry.size:
-            return f"has {path.stat().st_size} bytes instead of {entry.size}"
-        if sha256_of(path) != entry.sha256:
-            return "is damaged: its checksum differs from the manifest"
+            problem = "is missing"
+        elif path.stat().st_size != entry.size:
+            problem = f"has {path.stat().st_size} bytes instead of {entry.size}"
+        elif checksum_of_file(path) != entry.checksum:
+            problem = "is damaged: its checksum differs from the manifest"
+        else:
+            return
     except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    return None
+        problem = f"cannot be read: {error.strerror}"
+    raise CheckpointError(f"checkpoint file {str(path)!r} {problem}.", _OTHER)
+
+
+def _first_line(checksum: str) -> bytes:
+    return b'{ "checksum": "' + checksum.encode() + b'",\n'

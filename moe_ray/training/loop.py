@@ -1,35 +1,32 @@
-"""The training loop of one rank: resume, step, evaluate, save, report. Knows the process group but not Ray."""
+"""The training loop of one rank: restore, step, evaluate, save, report. Knows the process group but not Ray."""
 
 import logging
-import math
+import secrets
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-import torch.distributed as dist
 
-from moe_ray.analytics.routing import RoutingSums
-from moe_ray.checkpoint.catalog import checkpoint_path, discard_unfinished, newest_good, set_aside_later
-from moe_ray.checkpoint.load import load_model, load_optimizer
-from moe_ray.checkpoint.manifest import read_manifest
-from moe_ray.checkpoint.save import TOKENIZER, save_checkpoint
+from moe_ray.checkpoint.manifest import TOKENIZER
+from moe_ray.checkpoint.writer import NUM_SIGNALS, CheckpointWriter, Origin, Outcome
 from moe_ray.config import Config
 from moe_ray.data.batches import MicroBatch, micro_batches, train_batch
 from moe_ray.data.reader import TokenData, open_data
-from moe_ray.errors import MoeRayError, TrainingError
-from moe_ray.models.hf.upcycle import load_start
+from moe_ray.errors import RestartRequested, StorageError, TrainingError
+from moe_ray.parallel.layout import init_optimizer_state
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.parallel.shard import build_sharded_model
+from moe_ray.storage import Storage, open_storage
 from moe_ray.telemetry.clock import PhaseClock
-from moe_ray.telemetry.run_log import append_metrics, drop_metrics_after
+from moe_ray.telemetry.run_log import RunLog
 from moe_ray.training.held_out import held_out_batches, validation_metrics
+from moe_ray.training.measure import Interval, numbers, sample_checksum, step_metrics, wrap_checksum
 from moe_ray.training.optimizer import build_optimizer, learning_rate
-from moe_ray.training.resume import check_data, only_writer, start_sidecars
+from moe_ray.training.requests import Request, answered, asked, heaviest
+from moe_ray.training.restore import restore
+from moe_ray.training.resume import small_files
 from moe_ray.training.step import StepResult, Trainer, evaluate, train_step
 
 _logger = logging.getLogger(__name__)
@@ -37,160 +34,172 @@ _logger = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
 
 
-def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
-    """Train from the newest good checkpoint, or from the start, to `train.steps`.
+def train(
+    config: Config,
+    mesh: Mesh,
+    data_dir: Path,
+    report: Report,
+    may_publish: Callable[[], bool] = lambda: True,
+) -> int:
+    """Train from the newest good checkpoint, or from the start, to `train.steps` or until asked to stop.
 
     Args:
         mesh: this rank's place; every rank of it runs this function.
         data_dir: the prepared token shards.
         report: called on every rank with the metrics of each logged step.
+        may_publish: asked on rank 0 before a checkpoint becomes visible: whether this job still trains the run.
+
+    Returns:
+        The number of finished steps; the newest checkpoint is of them.
 
     Raises:
         CheckpointError: all checkpoints of the run are damaged, or they are of another architecture.
-        ConfigError: another job trains this run.
-        StorageError: a checkpoint could not be written.
-        TrainingError: the loss or a gradient is not finite.
+        RestartRequested: the world is to change; the newest checkpoint is of the last finished step.
+        StorageError: too many checkpoints in a row could not be written.
+        TrainingError: too many steps in a row were not finite.
     """
-    with ExitStack() as stack:
-        _train(config, mesh, data_dir, report, stack)
-
-
-def _train(config: Config, mesh: Mesh, data_dir: Path, report: Report, stack: ExitStack) -> None:
+    run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
     clock = PhaseClock(mesh.device, enabled=False)
     model = build_sharded_model(config.model, config.train.seed, mesh, clock)
-    trainer = Trainer(config, mesh, model, build_optimizer(model, config.optim), clock)
+    optimizer = build_optimizer(model, config.optim)
+    init_optimizer_state(optimizer)
+    trainer = Trainer(config, mesh, model, optimizer, clock)
     data = open_data(data_dir, config.data.sequence_length)
-    interval = _Interval()
-    first_step = _resume(trainer, data, stack)
-    sidecars = start_sidecars(config, first_step)
+    first_step = restore(trainer, run, data)
+    files = small_files(config, run, first_step, data.folder / TOKENIZER)
+    origin = Origin(config, run, _name_attempt(mesh), may_publish, data.index.digest, files)
+    loop = _Loop(trainer, data, run, CheckpointWriter(origin, mesh, model, optimizer), report)
     for step in range(first_step, config.train.steps):
-        started = time.perf_counter()
-        done = step + 1
+        if loop.step(step) is Request.STOP:
+            return step + 1
+    loop.close()
+    return config.train.steps
+
+
+def _name_attempt(mesh: Mesh) -> str:
+    """A name that all ranks of this start have in common and no other start has."""
+    drawn = secrets.randbits(48) if mesh.rank == 0 else 0
+    return f"{int(mesh.sum_over_world(torch.tensor(drawn, device=mesh.device))):012x}"
+
+
+class _Loop:
+    """The state of the loop between two steps."""
+
+    def __init__(
+        self, trainer: Trainer, data: TokenData, run: Storage, writer: CheckpointWriter, report: Report
+    ) -> None:
+        self._trainer = trainer
+        self._data = data
+        self._writer = writer
+        self._report = report
+        self._log = RunLog(run) if trainer.mesh.rank == 0 else None
+        self._interval = Interval()
+        self._latest: dict[str, float] = {}
+        self._bad_steps = self._failed_saves = self._last_try = 0
+
+    def step(self, step: int) -> Request | None:
+        """Do one step and what is due after it; returns a request that was answered by a checkpoint."""
+        config, mesh, clock = self._trainer.config, self._trainer.mesh, self._trainer.clock
+        started, done = time.perf_counter(), step + 1
         evaluates = done == config.train.steps or done % config.train.eval_every == 0
         clock.enabled = evaluates or done % config.train.log_every == 0
         # The generator's state is a function of seed, step and rank, so checkpoints need not hold it.
         torch.manual_seed(((config.train.seed * 1_000_003 + step) * 65_537 + mesh.rank) % 2**63)
         with clock.phase("data"):
-            batches = _train_batches(config, data, step, mesh)
+            batches = _train_batches(config, self._data, step, mesh)
         lr = learning_rate(step, config.train.steps, config.optim)
+        signals = [*self._writer.signals(), *asked(), sample_checksum(batches)]
         try:
-            result = train_step(trainer, batches, lr)
+            result = train_step(self._trainer, batches, lr, signals)
         except TrainingError as error:
-            raise TrainingError(f"step {done}: {error.problem}", error.fix) from None
-        interval.add(result, time.perf_counter() - started)
+            raise type(error)(f"step {done}: {error.problem}", error.fix) from None
+        self._interval.add(result, time.perf_counter() - started)
         if clock.enabled:
-            metrics = _metrics(trainer, done, lr, result, interval)
-            if evaluates:
-                metrics |= _evaluation(trainer, data)
-            if mesh.rank == 0:
-                append_metrics(config.train.run_dir, metrics)
-            report(metrics)
-            interval = _Interval()
-        if done == config.train.steps or done % config.checkpoint.every == 0:
-            _save(trainer, data, sidecars, done)
+            self._log_step(done, lr, result, evaluates)
+        sums = list(result.signals)
+        self._settle(self._writer.advance(sums[:NUM_SIGNALS]))
+        self._check_finite(result, done)
+        request = heaviest(sums[NUM_SIGNALS:-1])
+        self._save_if_due(done, request)
+        return request
 
+    def close(self) -> None:
+        """Write what is left of the metrics."""
+        if self._log is not None:
+            self._log.close()
 
-def _resume(trainer: Trainer, data: TokenData, stack: ExitStack) -> int:
-    """Load the newest good checkpoint, or what the run starts from; returns the number of finished steps.
+    def _log_step(self, done: int, lr: float, result: StepResult, evaluates: bool) -> None:
+        metrics = step_metrics(self._trainer, done, lr, result, self._interval)
+        metrics["sample_checksum"] = wrap_checksum(result.signals[-1])
+        metrics["checkpoint_stall_seconds"] = self._writer.stall_seconds
+        metrics["checkpoint_write_seconds"] = self._writer.write_seconds
+        metrics["failed_checkpoints"] = self._failed_saves
+        if evaluates:
+            metrics |= self._evaluate()
+        if self._log is not None:
+            self._log.append(metrics)
+        self._report(metrics)
+        self._latest |= numbers(metrics)
+        self._interval = Interval()
 
-    Rank 0 holds the run until `stack` is closed.
-    """
-    run_dir, mesh = trainer.config.train.run_dir, trainer.mesh
-    step, problem = 0, None
-    if mesh.rank == 0:
-        try:
-            stack.enter_context(only_writer(run_dir))
-            discard_unfinished(run_dir)
-            found = newest_good(run_dir)
-            step = found[1].step if found else 0
-            set_aside_later(run_dir, step)
-            drop_metrics_after(run_dir, step)
-        except (MoeRayError, OSError) as error:
-            step, problem = -1, error
-    shared = torch.tensor(step, device=mesh.device)
-    if mesh.world_size > 1:
-        dist.broadcast(shared, src=0)
-    step = int(shared)
-    if problem is not None:
-        raise problem
-    if step < 0:
-        raise TrainingError("rank 0 could not resume the run.", "see the error of rank 0.")
-    if step > 0:
-        path = checkpoint_path(run_dir, step)
-        manifest = read_manifest(path)
-        check_data(manifest, data.index)
-        load_model(path, manifest, trainer.model)
-        load_optimizer(path, manifest, trainer.model, trainer.optimizer)
-        _logger.info("resumed from %s", path)
-    else:
-        load_start(trainer.model, trainer.config.train.seed)
-    return step
+    def _evaluate(self) -> dict[str, Any]:
+        train, mesh = self._trainer.config.train, self._trainer.mesh
+        batches = held_out_batches(self._data, mesh, train.global_batch, train.eval_batches, train.micro_batch)
+        sums_2M = evaluate(self._trainer.model, mesh, train.dtype, batches, len(self._data.domains))
+        return validation_metrics(sums_2M, self._data.domains)
 
+    def _check_finite(self, result: StepResult, done: int) -> None:
+        if result.is_finite:
+            self._bad_steps = 0
+            return
+        self._bad_steps += 1
+        train = self._trainer.config.train
+        where = f"step {done} (sequences {(done - 1) * train.global_batch} to {done * train.global_batch - 1})"
+        what = f"the loss is {result.loss} and the gradient norm {result.grad_norm}"
+        if self._trainer.mesh.rank == 0:
+            _logger.warning("%s is skipped: %s", where, what)
+        if self._bad_steps >= train.max_bad_steps:
+            self._settle(self._writer.finish())
+            raise TrainingError(
+                f"{self._bad_steps} steps in a row were not finite, the last {where}: {what}.",
+                "lower optim.lr, or lengthen optim.warmup_steps; the newest checkpoint is intact.",
+            )
 
-def _save(trainer: Trainer, data: TokenData, sidecars: Mapping[str, bytes], done: int) -> None:
-    save_checkpoint(
-        trainer.config,
-        trainer.mesh,
-        trainer.model,
-        trainer.optimizer,
-        data.folder / TOKENIZER,
-        step=done,
-        data_digest=data.index.digest,
-        sidecars=sidecars,
-    )
+    def _save_if_due(self, done: int, request: Request | None) -> None:
+        every, last = self._trainer.config.checkpoint.every, done == self._trainer.config.train.steps
+        again = self._failed_saves > 0 and done - self._last_try >= max(1, every // 10)
+        if not (last or request is not None or again or done % every == 0):
+            return
+        self._last_try = done
+        self._settle(self._writer.begin(done, self._latest))
+        must_be_whole = last or request in (Request.RESTART, Request.STOP)
+        if must_be_whole or not self._trainer.config.checkpoint.asynchronous:
+            self._settle(self._writer.finish(), must_be_whole)
+        if request is not None:
+            answered(request)
+        if request is Request.RESTART and not last:
+            raise RestartRequested(f"the world is to change after step {done}.", "training goes on by itself.")
 
-
-@dataclass
-class _Interval:
-    """The steps since the last logged one."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    routing: RoutingSums | None = None
-
-    def add(self, result: StepResult, seconds: float) -> None:
-        self.steps += 1
-        self.seconds += seconds
-        self.routing = result.routing if self.routing is None else self.routing + result.routing
-
-
-def _metrics(trainer: Trainer, done: int, lr: float, result: StepResult, interval: _Interval) -> dict[str, Any]:
-    """Loss, norm and phases are of the step, speed and routing of the interval: small batches route noisily."""
-    phases = trainer.clock.take()
-    step_seconds = interval.seconds / interval.steps
-    assert interval.routing is not None
-    return {
-        "step": done,
-        "tokens": done * result.num_tokens,
-        "loss": result.loss,
-        "perplexity": math.exp(min(result.loss, 700.0)),
-        "grad_norm": result.grad_norm,
-        "lr": lr,
-        "tokens_per_second": result.num_tokens / step_seconds,
-        "step_seconds": step_seconds,
-        **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
-        **interval.routing.metrics(result.num_tokens * interval.steps),
-        "memory_bytes": _memory_bytes(trainer.mesh.device),
-        "world_size": trainer.mesh.world_size,
-        "ep": trainer.mesh.ep,
-        "time": time.time(),
-    }
-
-
-def _memory_bytes(device: torch.device) -> int:
-    """Peak memory of the GPU since the start, or resident memory of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
+    def _settle(self, outcome: Outcome | None, must_be_whole: bool = False) -> None:
+        """Count failures of checkpoints; all ranks count alike."""
+        if outcome is None:
+            return
+        if outcome is Outcome.SAVED:
+            self._failed_saves = 0
+            return
+        self._failed_saves += 1
+        limit = self._trainer.config.checkpoint.max_failures
+        problem = self._writer.problem or "another rank could not write its share"
+        if must_be_whole or self._failed_saves >= limit:
+            raise StorageError(
+                f"{self._failed_saves} checkpoints in a row could not be written: {problem}",
+                "free space or mend the storage and run the same command again; earlier checkpoints are intact.",
+            )
+        if self._writer.problem is not None:
+            _logger.warning("a checkpoint could not be written; training goes on: %s", problem)
 
 
 def _train_batches(config: Config, data: TokenData, step: int, mesh: Mesh) -> list[MicroBatch]:
     train = config.train
     numbers_G = train_batch(data.num_sequences("train"), step, train.global_batch, train.seed)
     return list(micro_batches(data, "train", numbers_G, mesh.rank, mesh.world_size, train.micro_batch))
-
-
-def _evaluation(trainer: Trainer, data: TokenData) -> dict[str, Any]:
-    train, mesh = trainer.config.train, trainer.mesh
-    batches = held_out_batches(data, mesh, train.global_batch, train.eval_batches, train.micro_batch)
-    return validation_metrics(evaluate(trainer.model, mesh, train.dtype, batches, len(data.domains)), data.domains)

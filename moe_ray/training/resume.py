@@ -1,18 +1,16 @@
-"""What a run may change when it goes on, and that only one job at a time trains it."""
+"""What a run may change when it goes on, and what it takes along from its start."""
 
-import fcntl
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
-from moe_ray.checkpoint.catalog import checkpoint_path
-from moe_ray.checkpoint.manifest import Manifest
-from moe_ray.checkpoint.save import TOKENIZER
+from moe_ray.checkpoint.catalog import checkpoint_name, read_step
+from moe_ray.checkpoint.manifest import TOKENIZER, Manifest
 from moe_ray.config import Config, build_config
 from moe_ray.data.shards import Index
 from moe_ray.data.tokenizer import load_tokenizer
 from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.models.hf.sidecars import read_sidecars
+from moe_ray.storage import Storage
 
 # Changing one of these in mid-run would give a curve that no single run has.
 _FIXED_SECTION = "model"
@@ -33,23 +31,31 @@ def check_settings(manifest: Manifest, config: Config) -> None:
         before = then[section][name]
         if before != now[section][name]:
             raise ConfigError(
-                f"{section}.{name}={now[section][name]!r} differs from the run in {str(config.train.run_dir)!r}, "
+                f"{section}.{name}={now[section][name]!r} differs from the run in {config.train.run_uri!r}, "
                 f"which has {before!r}.",
                 "keep the value to resume the run, or set another train.name to start a new one.",
             )
 
 
-def start_sidecars(config: Config, first_step: int) -> dict[str, bytes]:
-    """Small files of the folder that the run started from; later its checkpoint's, for the folder may be gone.
+def small_files(config: Config, run: Storage, step: int, tokenizer_file: Path) -> Mapping[str, bytes]:
+    """What a checkpoint holds beside tensors, by name: the tokenizer, and small files of the weights' origin.
 
-    They describe the folder's tokenizer, and are left behind with it.
+    The latter describe the tokenizer of the folder that the run started from, and are left behind with it. When
+    the run goes on they are those of its checkpoint, for the folder may be gone.
+
+    Args:
+        step: of the checkpoint that the run goes on from; 0: none.
+        tokenizer_file: that of the training data.
     """
-    if first_step > 0:
-        return read_sidecars(checkpoint_path(config.train.run_dir, first_step))
+    files = {TOKENIZER: tokenizer_file.read_bytes()}
+    if step > 0:
+        checkpoint = run.child(checkpoint_name(step))
+        names = [entry.name for entry in read_step(run, step).files if entry.kind == "sidecar"]
+        return files | {name: checkpoint.read(name) for name in names}
     folder, tokenizer = config.model.init_from or config.model.upcycle_from, config.data.tokenizer
     if folder is None or (tokenizer is not None and _digest(Path(tokenizer)) != _digest(Path(folder) / TOKENIZER)):
-        return {}
-    return read_sidecars(Path(folder))
+        return files
+    return files | read_sidecars(Path(folder))
 
 
 def _digest(tokenizer: Path) -> str | None:
@@ -68,21 +74,3 @@ def check_data(manifest: Manifest, index: Index) -> None:
             "the text, its tokenizer or its split is not what the run was started with.",
             "restore data.sources and the other data settings, or set another train.name to start a new run.",
         )
-
-
-@contextmanager
-def only_writer(run_dir: Path) -> Generator[None]:
-    """Hold the run for this process; the lock ends with it, however it ends.
-
-    Raises:
-        ConfigError: another process trains this run.
-    """
-    with (run_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"the run {str(run_dir)!r} is being trained by another job.",
-                "wait for it or stop it, or set another train.name.",
-            ) from None
-        yield

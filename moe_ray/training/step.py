@@ -4,7 +4,7 @@ Shapes: B sequences, S tokens of each, T tokens (B*S), E experts, L MoE layers, 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from moe_ray.analytics.routing import RoutingSums
 from moe_ray.config import Config, Dtype
 from moe_ray.data.batches import MicroBatch
-from moe_ray.errors import TrainingError
 from moe_ray.models.losses import (
     load_balancing_loss,
     next_token_loss,
@@ -48,36 +47,44 @@ class StepResult:
         grad_norm: global gradient norm before clipping.
         routing: sums over the global batch.
         num_tokens: tokens of the global batch.
+        signals: the numbers that the ranks gave, summed over them.
     """
 
     loss: float
     grad_norm: float
     routing: RoutingSums
     num_tokens: int
+    signals: tuple[float, ...]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step was applied: loss and gradients were finite."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
-def train_step(trainer: Trainer, micro_batches: Iterable[MicroBatch], lr: float) -> StepResult:
+def train_step(
+    trainer: Trainer, micro_batches: Iterable[MicroBatch], lr: float, signals: Sequence[float] = ()
+) -> StepResult:
     """Accumulate gradients over this rank's micro-batches, reduce, clip and update.
 
     Args:
         micro_batches: equally many on every rank, of which some may hold no sequences. Together, over ranks,
             they are the global batch.
         lr: learning rate of this update.
+        signals: numbers to be summed over the ranks along with the loss, equally many on every rank.
 
-    Raises:
-        TrainingError: the loss or a gradient is not finite; the parameters are as they were.
+    If the loss or a gradient is not finite, parameters, optimizer and routers stay as they were, on all ranks.
     """
     clock, mesh = trainer.clock, trainer.mesh
     loss_sum, routing = accumulate_gradients(trainer, micro_batches)
     with clock.phase("reduce"):
         reduce_gradients(trainer.model, mesh)
         grad_norm = clip_gradients(trainer.model, mesh, trainer.config.optim.clip_norm)
-        loss = _sum_over_world(mesh, loss_sum, routing)
-    if not (math.isfinite(loss) and grad_norm.isfinite()):
-        raise TrainingError(
-            f"the loss is {loss} and the gradient norm {grad_norm.item()}; the step was not applied.",
-            "lower optim.lr, or lengthen optim.warmup_steps; the same command goes on from the newest checkpoint.",
-        )
+        loss, sums = _sum_over_world(mesh, loss_sum, routing, signals)
+    result = StepResult(loss, grad_norm.item(), routing, _tokens_per_step(trainer.config), sums)
+    if not result.is_finite:
+        trainer.optimizer.zero_grad()
+        return result
     with clock.phase("optimizer"):
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr
@@ -85,7 +92,7 @@ def train_step(trainer: Trainer, micro_batches: Iterable[MicroBatch], lr: float)
             moe.router.load_fraction_E.copy_(load_fraction_E)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-    return StepResult(loss, grad_norm.item(), routing, _tokens_per_step(trainer.config))
+    return result
 
 
 def accumulate_gradients(trainer: Trainer, micro_batches: Iterable[MicroBatch]) -> tuple[Tensor, RoutingSums]:
@@ -181,8 +188,12 @@ def _tokens_per_step(config: Config) -> int:
     return config.train.global_batch * config.data.sequence_length
 
 
-def _sum_over_world(mesh: Mesh, loss_sum: Tensor, routing: RoutingSums) -> float:
-    """Sum the routing in place and return the sum of the losses, all in one message."""
-    flat = mesh.sum_over_world(torch.cat((loss_sum.unsqueeze(0), routing.sums_LX.flatten())))
-    routing.sums_LX.copy_(flat[1:].view_as(routing.sums_LX))
-    return flat[0].item()
+def _sum_over_world(
+    mesh: Mesh, loss_sum: Tensor, routing: RoutingSums, signals: Sequence[float]
+) -> tuple[float, tuple[float, ...]]:
+    """Sum the routing in place and return the sums of losses and signals, all in one message."""
+    scalars = torch.tensor(signals, dtype=torch.float64).to(mesh.device)
+    flat = mesh.sum_over_world(torch.cat((loss_sum.unsqueeze(0), scalars, routing.sums_LX.flatten())))
+    loss, *sums = flat[: 1 + len(signals)].tolist()
+    routing.sums_LX.copy_(flat[1 + len(signals) :].view_as(routing.sums_LX))
+    return loss, tuple(sums)

@@ -1,0 +1,45 @@
+"""What lies behind a failure of Ray Train."""
+
+from collections.abc import Sequence
+
+from ray.train import WorkerGroupError
+
+from moe_ray.errors import MoeRayError, RestartRequested, TrainingError
+
+ANOTHER_RANK = "another rank failed."
+
+
+def root_causes(error: BaseException) -> list[BaseException]:
+    """The error and all that it wraps, those of lower ranks first."""
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    causes: list[BaseException] = []
+    for start in [failure for _, failure in sorted(failures.items())] or [error]:
+        cause: BaseException | None = start
+        while cause is not None and cause not in causes:
+            causes.append(cause)
+            wrapped = (getattr(cause, name, None) for name in ("cause", "_base_exc", "health_check_failure"))
+            cause = next((inner for inner in wrapped if isinstance(inner, BaseException)), cause.__cause__)
+    return causes
+
+
+def our_error(causes: Sequence[BaseException]) -> MoeRayError | None:
+    """The one of ours among them that says most: a rank's own trouble before its word that another one failed."""
+    ours = [cause for cause in causes if isinstance(cause, MoeRayError)]
+    own = [error for error in ours if error.problem != ANOTHER_RANK]
+    if own and all(isinstance(error, RestartRequested) for error in own):
+        return own[0]
+    own = [error for error in own if not isinstance(error, RestartRequested)]
+    return own[0] if own else None
+
+
+def as_our_error(error: WorkerGroupError) -> MoeRayError:
+    """What the user is told."""
+    found = our_error(root_causes(error))
+    if found is not None:
+        return found
+    rank, failure = min(error.worker_failures.items(), key=lambda item: item[0])
+    return TrainingError(
+        f"training worker {rank} failed: {str(failure).strip().splitlines()[-1]}.",
+        "see the worker's log in the Ray dashboard; the same command goes on from the newest checkpoint, if there "
+        "is one.",
+    )

@@ -1,0 +1,96 @@
+"""What the training loop reports of its steps."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from moe_ray.analytics.routing import RoutingSums
+from moe_ray.data.batches import MicroBatch
+from moe_ray.training.step import StepResult, Trainer
+
+_BITS = 40
+
+
+@dataclass
+class Interval:
+    """The steps since the last logged one."""
+
+    steps: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    routing: RoutingSums | None = None
+
+    def add(self, result: StepResult, seconds: float) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.skipped += not result.is_finite
+        self.seconds += seconds
+        self.routing = result.routing if self.routing is None else self.routing + result.routing
+
+
+def step_metrics(
+    trainer: Trainer, done: int, lr: float, result: StepResult, interval: Interval
+) -> dict[str, Any]:
+    """Loss, norm and phases are of the step, speed and routing of the interval: small batches route noisily.
+
+    Loss and norm of a skipped step are None.
+    """
+    phases = trainer.clock.take()
+    step_seconds = interval.seconds / interval.steps
+    assert interval.routing is not None
+    is_finite = result.is_finite
+    return {
+        "step": done,
+        "tokens": done * result.num_tokens,
+        "loss": result.loss if is_finite else None,
+        "perplexity": math.exp(min(result.loss, 700.0)) if is_finite else None,
+        "grad_norm": result.grad_norm if is_finite else None,
+        "lr": lr,
+        "skipped_steps": interval.skipped,
+        "tokens_per_second": result.num_tokens / step_seconds,
+        "step_seconds": step_seconds,
+        **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
+        **interval.routing.metrics(result.num_tokens * interval.steps),
+        "memory_bytes": _memory_bytes(trainer.mesh.device),
+        "world_size": trainer.mesh.world_size,
+        "ep": trainer.mesh.ep,
+        "time": time.time(),
+    }
+
+
+def numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """Those of the metrics that are one finite number."""
+    return {
+        name: value for name, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def sample_checksum(batches: Sequence[MicroBatch]) -> float:
+    """A number that tells which sequences a rank was given, in any order.
+
+    Its sum over the ranks, modulo 2**40, is equal for equal global batches whatever the world: proof that none was
+    left out or came twice.
+    """
+    total = 0
+    for batch in batches:
+        weights_S = torch.arange(1, batch.tokens_BS.shape[1] + 1).pow(3)
+        of_each_B = (batch.tokens_BS * weights_S).sum(dim=1)
+        total += int((of_each_B * 0x9E3779B1 % 2**_BITS).sum())
+    return float(total % 2**_BITS)
+
+
+def wrap_checksum(total: float) -> int:
+    """The sum of the ranks' checksums as it is logged."""
+    return int(total) % 2**_BITS
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Peak memory of the GPU since the start, or resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
