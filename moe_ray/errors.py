@@ -60,7 +60,15 @@ class RequestError(UserError):
 
 
 class StorageError(MoeRayError):
-    """Storage failed: no space left, no permission, an I/O error."""
+    """Storage failed: no space left, no permission, an I/O error.
+
+    Args:
+        transient: it may work later without anybody changing a setting, a right or the space.
+    """
+
+    def __init__(self, problem: str, fix: str, *, transient: bool = False) -> None:
+        super().__init__(problem, fix)
+        self.transient = transient
 
 
 class TrainingError(MoeRayError):

@@ -22,6 +22,7 @@ LAYERS = (
         "moe_ray.parallel",
         "moe_ray.data",
         "moe_ray.checkpoint",
+        "moe_ray.storage",
         "moe_ray.analytics",
         "moe_ray.telemetry",
         "moe_ray.serving.engine",
