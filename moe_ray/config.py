@@ -124,7 +124,8 @@ class TrainConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
         "run", description="name of the run; its folder is STORAGE/NAME"
     )
-    storage: str = Field("~/moe_ray",
+    storage: str = Field(
+        "~/moe_ray",
         description="folder of all runs, reachable from every node, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX",
     )
     steps: PositiveInt = Field(1000, description="optimizer steps")
@@ -175,8 +176,10 @@ class CheckpointConfig(Section):
     keep_best: NonNegativeInt = Field(0, description="keep also this many with the best `best_metric`")
     best_metric: str = Field("val_loss", description="a number that the run logs")
     best_is: Literal["lowest", "highest"] = Field("lowest", description="which `best_metric` is best")
-    asynchronous: bool = Field(
-        True, description="write while training goes on; costs memory for one copy of the state"
+    overlap_steps: NonNegativeInt = Field(
+        1,
+        description="steps that may end while a checkpoint is written; with 0 training waits, with more than "
+        "1 a loss can cost as many more steps",
     )
     retry_seconds: NonNegativeFloat = Field(
         60.0, description="how long a failing storage operation is tried again"

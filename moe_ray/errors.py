@@ -3,6 +3,9 @@
 A job that ends with one of these prints its single line and exits with `exit_code`.
 """
 
+# What a rank says that failed only because another one did.
+ANOTHER_RANK = "another rank failed."
+
 
 class MoeRayError(Exception):
     """Base of every error of this package.
@@ -75,5 +78,5 @@ class TrainingError(MoeRayError):
     """Training cannot go on."""
 
 
-class RestartRequested(MoeRayError):
+class RestartRequested(MoeRayError):  # noqa: N818
     """No failure: the workers have saved and make way for another world."""

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from moe_ray.checkpoint.inference import load_for_inference
-from moe_ray.checkpoint.save import save_checkpoint
+from moe_ray.checkpoint.manifest import TOKENIZER
+from moe_ray.checkpoint.writer import CheckpointWriter, Origin, Outcome
 from moe_ray.config import Config, ModelConfig, ServeConfig, TrainConfig
 from moe_ray.data.tokenizer import train_tokenizer
 from moe_ray.errors import CheckpointError, ConfigError, RequestError
@@ -24,6 +25,7 @@ from moe_ray.serving.app import make_app
 from moe_ray.serving.autoscaling import make_autoscaling_config, max_ongoing_requests
 from moe_ray.serving.completions import CompletionService, encode_prompt
 from moe_ray.serving.deployment import LanguageModel
+from moe_ray.storage import open_storage
 from tests.conftest import free_port
 
 MAX_CONTEXT = 8192
@@ -60,7 +62,13 @@ def checkpoint(tmp_path_factory):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    save_checkpoint(config, build_mesh(1), model, optimizer, folder / "tokenizer.json", step=1, data_digest="none")
+    run = open_storage(config.train.run_uri)
+    files = {TOKENIZER: (folder / TOKENIZER).read_bytes()}
+    writer = CheckpointWriter(
+        Origin(config, run, "a", lambda: True, "none", files), build_mesh(1), model, optimizer
+    )
+    writer.begin(1, {})
+    assert writer.finish() is Outcome.SAVED
     return folder / "tiny"
 
 

@@ -18,9 +18,8 @@ from transformers import AutoTokenizer
 
 from jobs.evaluate import main as evaluate
 from jobs.export import main as export
-from moe_ray.checkpoint.catalog import list_checkpoints
+from moe_ray.checkpoint.catalog import list_checkpoints, read_manifest
 from moe_ray.checkpoint.inference import load_for_inference
-from moe_ray.checkpoint.manifest import read_manifest
 from moe_ray.config import Config, build_config
 from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.models.hf.resolve import resolve_model

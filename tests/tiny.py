@@ -59,12 +59,12 @@ def tiny_settings(corpus: Path, storage: Path, name: str) -> dict[str, Any]:
 
 def rank_main(rank: int, config: Config, data_dir: Path) -> None:
     """One rank of a training run, without Ray."""
-    train(config, build_mesh(config.parallel.ep), data_dir, lambda metrics: None)
+    train(config, build_mesh(int(config.parallel.ep)), data_dir, lambda metrics: None)
 
 
 def run(config: Config) -> list[dict[str, Any]]:
     """Train to the end in `parallel.workers` processes; returns the logged metrics."""
     data_dir = prepare(config)
     config.train.run_dir.mkdir(parents=True, exist_ok=True)
-    run_world(config.parallel.workers, rank_main, config, data_dir)
+    run_world(config.parallel.max_workers, rank_main, config, data_dir)
     return read_metrics(config.train.run_dir)

@@ -74,6 +74,16 @@ def newest_manifest(run: Storage) -> Manifest | None:
     return None
 
 
+def is_whole(run: Storage, manifest: Manifest) -> bool:
+    """Whether all files of a run's checkpoint are there and undamaged; one that is not is named in the log."""
+    try:
+        open_files(run.child(checkpoint_name(manifest.step)), manifest.files)
+    except CheckpointError as error:
+        _logger.warning("skipping a checkpoint: %s", error.problem)
+        return False
+    return True
+
+
 def open_files(checkpoint: Storage, files: Iterable[FileEntry]) -> Path:
     """A local folder that holds these files of a checkpoint, each compared with its checksum.
 

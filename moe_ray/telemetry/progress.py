@@ -10,23 +10,24 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from moe_ray.storage import Storage
 from moe_ray.telemetry.run_log import read_metrics
 
 
 class ProgressLine:
     """Draws a bar on a terminal; elsewhere prints one line for each logged step."""
 
-    def __init__(self, run_dir: Path, total_steps: int, stream: TextIO | None = None) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run: Path | Storage, total_steps: int, stream: TextIO | None = None) -> None:
+        self._run = run
         self._total = total_steps
         self._stream = stream or sys.stderr
         self._bar: tqdm | None = None
         # What earlier attempts of the run logged is not news.
-        self._step = max((metrics["step"] for metrics in read_metrics(run_dir)), default=0)
+        self._step = max((metrics["step"] for metrics in read_metrics(run)), default=0)
 
     def update(self) -> None:
         """Show what was logged since the last call."""
-        for metrics in read_metrics(self._run_dir):
+        for metrics in read_metrics(self._run):
             if metrics["step"] > self._step:
                 self._show(metrics)
                 self._step = metrics["step"]
@@ -38,8 +39,9 @@ class ProgressLine:
 
     def _show(self, metrics: dict[str, Any]) -> None:
         eta = timedelta(seconds=round((self._total - metrics["step"]) * metrics["step_seconds"]))
+        loss = metrics["loss"]
         summary = (
-            f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"loss {'skipped' if loss is None else f'{loss:.3f}'}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"load cv {metrics['load_cv']:.2f}  ETA {eta}"
         )
         if metrics.get("dropped_fraction"):
@@ -61,9 +63,9 @@ class ProgressLine:
 
 
 @contextmanager
-def show_progress(run_dir: Path, total_steps: int) -> Generator[None]:
+def show_progress(run: Path | Storage, total_steps: int) -> Generator[None]:
     """Follow the run from a thread while the block runs."""
-    line = ProgressLine(run_dir, total_steps)
+    line = ProgressLine(run, total_steps)
     done = threading.Event()
 
     def follow() -> None:

@@ -1,4 +1,6 @@
-"""`metrics.jsonl`: one JSON object a logged step, continuous over restarts."""
+"""The logs of a run, one JSON object a line: `metrics.jsonl`, a logged step each, continuous over restarts, and
+`events.jsonl`, what happened to its workers.
+"""
 
 import json
 import logging
@@ -13,34 +15,36 @@ from moe_ray.errors import StorageError
 from moe_ray.storage import Storage, open_storage
 
 METRICS = "metrics.jsonl"
+EVENTS = "events.jsonl"
 _UPLOAD_SECONDS = 5.0
 _logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Appends to the run's metrics from one process; training does not wait for it, nor end with its failure.
+    """Appends to a log of the run from one process; training does not wait for it, nor end with its failure.
 
     Lines that cannot be written now are written with a later one. An object store knows no appending: there the
     whole file is written anew by a thread, every few seconds at most.
     """
 
-    def __init__(self, run: Storage) -> None:
+    def __init__(self, run: Storage, name: str = METRICS) -> None:
         self._run = run
+        self._name = name
         self._pending = b""
-        self._whole = b"" if run.local is not None else _read(run)
+        self._whole = b"" if run.local is not None else _read(run, name)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="run-log")
         self._upload: Future[None] | None = None
         self._uploaded_at = -_UPLOAD_SECONDS
         self._warned = False
 
-    def append(self, metrics: Mapping[str, Any]) -> None:
+    def append(self, record: Mapping[str, Any]) -> None:
         """Add one line."""
-        self._pending += json.dumps(metrics, allow_nan=False).encode() + b"\n"
+        self._pending += json.dumps(record, allow_nan=False).encode() + b"\n"
         try:
             self._write(wait=False)
         except (OSError, StorageError) as error:
             if not self._warned:
-                _logger.warning("%s cannot be written now: %s", METRICS, error)
+                _logger.warning("%s cannot be written now: %s", self._name, error)
             self._warned = True
 
     def close(self) -> None:
@@ -53,19 +57,19 @@ class RunLog:
             self._write(wait=True)
         except OSError as error:
             raise StorageError(
-                f"{METRICS} of {self._run.uri!r} could not be written: {error.strerror}.",
+                f"{self._name} of {self._run.uri!r} could not be written: {error.strerror}.",
                 "free space or mend the storage and run the same command again.",
             ) from None
 
     def _write(self, wait: bool) -> None:
         if self._run.local is not None:
-            _append(self._run.local / METRICS, self._pending)
+            _append(self._run.local / self._name, self._pending)
             self._pending = b""
             return
         self._whole, self._pending = self._whole + self._pending, b""
         if not wait and (self._is_uploading() or time.monotonic() - self._uploaded_at < _UPLOAD_SECONDS):
             return
-        finished, self._upload = self._upload, self._thread.submit(self._run.write, METRICS, self._whole)
+        finished, self._upload = self._upload, self._thread.submit(self._run.write, self._name, self._whole)
         self._uploaded_at = time.monotonic()
         if wait:
             self._upload.result()
@@ -78,9 +82,12 @@ class RunLog:
 
 def read_metrics(run: Path | Storage) -> list[dict[str, Any]]:
     """All whole lines of a run, without those that a crash left unfinished or damaged."""
-    lines = _read(open_storage(run) if isinstance(run, Path) else run).decode(errors="replace").split("\n")
-    parsed = (_parse(line) for line in lines[:-1])
-    return [metrics for metrics in parsed if metrics is not None]
+    return [metrics for metrics in _records(run, METRICS) if isinstance(metrics.get("step"), int)]
+
+
+def read_events(run: Path | Storage) -> list[dict[str, Any]]:
+    """What happened to the workers of a run, oldest first."""
+    return [event for event in _records(run, EVENTS) if "event" in event]
 
 
 def drop_metrics_after(run: Storage, step: int) -> None:
@@ -93,9 +100,15 @@ def drop_metrics_after(run: Storage, step: int) -> None:
     run.write(METRICS, "".join(json.dumps(metrics) + "\n" for metrics in kept).encode())
 
 
-def _read(run: Storage) -> bytes:
+def _records(run: Path | Storage, name: str) -> list[dict[str, Any]]:
+    lines = _read(open_storage(run) if isinstance(run, Path) else run, name).decode(errors="replace").split("\n")
+    parsed = (_parse(line) for line in lines[:-1])
+    return [record for record in parsed if record is not None]
+
+
+def _read(run: Storage, name: str) -> bytes:
     try:
-        return run.read(METRICS)
+        return run.read(name)
     except FileNotFoundError:
         return b""
 
@@ -115,7 +128,7 @@ def _append(path: Path, content: bytes) -> None:
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
-        metrics = json.loads(line)
+        record = json.loads(line)
     except ValueError:
         return None
-    return metrics if isinstance(metrics, dict) and isinstance(metrics.get("step"), int) else None
+    return record if isinstance(record, dict) else None

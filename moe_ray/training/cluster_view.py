@@ -15,9 +15,7 @@ def draining_nodes() -> frozenset[str]:
     return frozenset(ray._private.state.state.get_draining_nodes())  # ty: ignore
 
 
-def count_slots(
-    per_worker: Mapping[str, float], held: Mapping[str, int], *, probe: bool = False
-) -> int:
+def count_slots(per_worker: Mapping[str, float], held: Mapping[str, int], *, probe: bool = False) -> int:
     """Workers that fit on the free resources of the nodes that are alive and stay.
 
     Args:

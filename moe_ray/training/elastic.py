@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ReportCallback
 from ray.train.v2._internal.execution.controller import TrainController
@@ -32,7 +33,7 @@ from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.run_log import EVENTS, RunLog
 from moe_ray.training.cluster_view import count_slots, draining_nodes
 from moe_ray.training.failures import our_error, root_causes
-from moe_ray.training.requests import Request, ask, restart_on_sigterm
+from moe_ray.training.requests import Request, ask
 
 _logger = logging.getLogger(__name__)
 _SETTLE_SECONDS = 2.0
@@ -97,7 +98,7 @@ class WorldPolicy(ElasticScalingPolicy):
         doomed = draining_nodes() & self.held.keys()
         if doomed - self._doomed:
             self._doomed = doomed
-            self._events.add("drain", f"{len(doomed)} nodes of this run are to leave the cluster", nodes=len(doomed))
+            self._events.add("drain", f"{len(doomed)} nodes of this run are to leave", nodes=len(doomed))
             return self._resize(max(self._count(), 1))
         started = max(worker_group_state.start_time, self._latest_monitor_time)
         if current >= self._parallel.max_workers or now - started < self._parallel.grow_after_seconds:
@@ -142,9 +143,11 @@ class RetryPolicy(FailurePolicy, ReportCallback):
         self._step_at_failure = self._newest_step
         may_pass = error is None or isinstance(error, StorageError)
         retry = may_pass and self._failures <= self._limit
-        ranks = sorted(training_failed_error.worker_failures) if isinstance(
-            training_failed_error, WorkerGroupError
-        ) else []
+        ranks = (
+            sorted(training_failed_error.worker_failures)
+            if isinstance(training_failed_error, WorkerGroupError)
+            else []
+        )
         reason = _one_line(error or (causes[0] if causes else training_failed_error))
         self._events.add(
             "failure",
@@ -160,7 +163,9 @@ class RetryPolicy(FailurePolicy, ReportCallback):
 class ElasticController(TrainController):
     """Runs on the driver's node as an actor, for as long as the driver lives."""
 
-    def __init__(self, *, settings: dict[str, Any], train_run_context: Any, callbacks: list[Any], **rest: Any) -> None:
+    def __init__(
+        self, *, settings: dict[str, Any], train_run_context: Any, callbacks: list[Any], **rest: Any
+    ) -> None:
         config = build_config(settings)
         setup_logging(config.telemetry.log_level)
         self._settings = config
@@ -202,7 +207,7 @@ class ElasticController(TrainController):
             deadline = time.monotonic() + self._settings.parallel.timeout_seconds
             while time.monotonic() < deadline and not group.poll_status(timeout=1.0).finished:
                 time.sleep(0.05)
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+        except RayError as error:
             _logger.warning("the workers could not save before the world changes: %s", error)
 
 

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 
 from ray.train import WorkerGroupError
 
-from moe_ray.errors import MoeRayError, RestartRequested, TrainingError
-
-ANOTHER_RANK = "another rank failed."
+from moe_ray.errors import ANOTHER_RANK, MoeRayError, RestartRequested, TrainingError
 
 
 def root_causes(error: BaseException) -> list[BaseException]:

@@ -3,63 +3,88 @@
 import logging
 import math
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train import LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train import ControllerError, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchConfig, get_device
 
-from moe_ray.checkpoint.catalog import newest_good
+from moe_ray.checkpoint.catalog import is_whole, newest_manifest
 from moe_ray.config import Config, ModelConfig, ParallelConfig, build_config, to_yaml
 from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.data.prepare import prepare
 from moe_ray.data.shards import read_index
-from moe_ray.errors import ConfigError, MoeRayError, StorageError, TrainingError
+from moe_ray.errors import ConfigError, TrainingError
 from moe_ray.models.hf.resolve import resolve_model
 from moe_ray.models.moe import make_router
 from moe_ray.parallel.mesh import build_mesh
+from moe_ray.storage import Storage, open_storage
+from moe_ray.storage.lease import fence, hold
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.progress import show_progress
+from moe_ray.training.failures import as_our_error
 from moe_ray.training.loop import train
 from moe_ray.training.resume import check_data, check_settings
+from moe_ray.training.trainer import ElasticTrainer
 
 _logger = logging.getLogger(__name__)
 
 
-def run_training(config: Config) -> Path:
+def run_training(config: Config) -> int:
     """Prepare the data if need be, then train to `train.steps`, going on from the run's newest good checkpoint.
 
     Returns:
-        The run directory.
+        The number of finished steps: fewer than `train.steps` if a signal ended the run.
 
     Raises:
         MoeRayError: whatever the user can mend, raised before any worker starts where that is possible.
     """
     config = resolve_model(_with_absolute_storage(config))
     _check_router(config.model)
-    run_dir = config.train.run_dir
-    found = newest_good(run_dir)
+    run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
+    with hold(run) as lease:
+        return _run(config, run, lease.token)
+
+
+def _run(config: Config, run: Storage, lease: str) -> int:
+    found = newest_manifest(run)
     if found:
-        check_settings(found[1], config)
+        check_settings(found, config)
     data_dir = prepare(config)
     if found:
-        check_data(found[1], read_index(data_dir))
-        if found[1].step >= config.train.steps:
-            _logger.info("run %s already has %d steps; nothing to do", run_dir, found[1].step)
-            return run_dir
-    _write_config(config)
-    # The controller takes one report an interval; its default of 2 s would hold back short steps.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+        check_data(found, read_index(data_dir))
+        if found.step >= config.train.steps and is_whole(run, found):
+            _logger.info("run %s already has %d steps; nothing to do", run.uri, found.step)
+            return found.step
+    run.write("config.yaml", to_yaml(config).encode())
+    _set_ray_train_defaults(config.parallel)
     connect(config.parallel)
-    try:
-        with show_progress(run_dir, config.train.steps):
-            _trainer(config, data_dir).fit()
-    except WorkerGroupError as error:
-        raise _first_cause(error) from error
-    return run_dir
+    with show_progress(run, config.train.steps), tempfile.TemporaryDirectory(prefix="moe_ray-train-") as scratch:
+        try:
+            return _trainer(config, data_dir, lease, scratch).fit().return_value  # ty: ignore
+        except WorkerGroupError as error:
+            raise as_our_error(error) from error
+        except ControllerError as error:
+            raise TrainingError(
+                f"Ray Train failed: {error.controller_failure}.", "see the driver's log; the same command goes on."
+            ) from error
+
+
+def _set_ray_train_defaults(parallel: ParallelConfig) -> None:
+    defaults = {
+        # The controller takes one report an interval; its default of 2 s would hold back short steps.
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(parallel.timeout_seconds),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+        # The world policy watches the nodes itself.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
 
 
 def _check_router(model: ModelConfig) -> None:
@@ -106,35 +131,43 @@ def _warn_if_too_small(parallel: ParallelConfig) -> None:
         )
 
 
-def _trainer(config: Config, data_dir: Path) -> TorchTrainer:
+def _trainer(config: Config, data_dir: Path, lease: str, scratch: str) -> ElasticTrainer:
     parallel = config.parallel
-    return TorchTrainer(
+    return ElasticTrainer(
         _worker,
-        train_loop_config={"config": config.model_dump(mode="json"), "data_dir": str(data_dir)},
+        config=config,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "data_dir": str(data_dir),
+            "lease": lease,
+        },
         torch_config=TorchConfig(
             backend="nccl" if parallel.use_gpu else "gloo", timeout_s=parallel.timeout_seconds
         ),
-        scaling_config=ScalingConfig(  # ty: ignore
-            num_workers=parallel.max_workers,
+        scaling_config=ScalingConfig(
+            num_workers=(parallel.min_workers, parallel.max_workers),  # ty: ignore
             use_gpu=parallel.use_gpu,
             resources_per_worker={"CPU": parallel.cpus_per_worker} | ({"GPU": 1} if parallel.use_gpu else {}),
         ),
-        run_config=RunConfig(  # ty: ignore
+        run_config=RunConfig(
             name="ray_train",
-            storage_path=str(config.train.run_dir.resolve()),
-            logging_config=LoggingConfig(log_level="WARNING"),  # ty: ignore
+            # Our checkpoints are not Ray Train's: it keeps nothing there that is needed again.
+            storage_path=scratch,
+            logging_config=LoggingConfig(log_level="ERROR"),  # ty: ignore
         ),
     )
 
 
-def _worker(arguments: dict[str, Any]) -> None:
+def _worker(arguments: dict[str, Any]) -> int:
     """What each Ray Train worker runs."""
     config = build_config(arguments["config"])
     setup_logging(config.telemetry.log_level)
     keep_freed_memory()
     set_threads(config.parallel.cpus_per_worker)
     device = get_device() if config.parallel.use_gpu else torch.device("cpu")
-    train(config, build_mesh(int(config.parallel.ep), device), Path(arguments["data_dir"]), _report)
+    run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
+    mesh = build_mesh(int(config.parallel.ep), device)
+    return train(config, mesh, Path(arguments["data_dir"]), _report, lambda: fence(run, arguments["lease"]))
 
 
 def _report(metrics: dict[str, Any]) -> None:
@@ -144,6 +177,8 @@ def _report(metrics: dict[str, Any]) -> None:
 
 def _with_absolute_storage(config: Config) -> Config:
     """The same settings for every process, whatever its working directory."""
+    if "://" in config.train.storage:
+        return config
     storage = Path(config.train.storage).expanduser()
     if not storage.is_absolute() and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         raise ConfigError(
@@ -153,35 +188,3 @@ def _with_absolute_storage(config: Config) -> Config:
     # Not through all settings as a tree: which of them were set must stay known.
     train = config.train.model_copy(update={"storage": str(storage.resolve())})
     return config.model_copy(update={"train": train})
-
-
-def _write_config(config: Config) -> None:
-    path = config.train.run_dir / "config.yaml"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_suffix(".tmp")
-        staged.write_text(to_yaml(config), encoding="utf-8")
-        os.replace(staged, path)
-    except OSError as error:
-        raise StorageError(
-            f"train.storage={config.train.storage!r}: {str(path)!r} cannot be written: {error.strerror}.",
-            "set train.storage to a folder that can be written.",
-        ) from None
-
-
-def _first_cause(error: WorkerGroupError) -> MoeRayError:
-    """The user's error among those of the workers, or the first of them as a TrainingError."""
-    causes: list[BaseException] = []
-    for failure in error.worker_failures.values():
-        cause: BaseException | None = failure
-        while cause is not None and cause not in causes:
-            causes.append(cause)
-            cause = getattr(cause, "cause", None) or getattr(cause, "_base_exc", None) or cause.__cause__
-    for cause in causes:
-        if isinstance(cause, MoeRayError) and "rank 0" not in cause.problem:
-            return cause
-    rank, failure = min(error.worker_failures.items(), key=lambda item: item[0])
-    return TrainingError(
-        f"training worker {rank} failed: {str(failure).strip().splitlines()[-1]}.",
-        "see the worker's log in the Ray dashboard; the same command resumes from the newest checkpoint.",
-    )

@@ -118,6 +118,9 @@ class _Loop:
             self._log_step(done, lr, result, evaluates)
         sums = list(result.signals)
         self._settle(self._writer.advance(sums[:NUM_SIGNALS]))
+        overlap = config.checkpoint.overlap_steps
+        if self._writer.pending_step is not None and done - self._writer.pending_step >= overlap:
+            self._settle(self._writer.finish())
         self._check_finite(result, done)
         request = heaviest(sums[NUM_SIGNALS:-1])
         self._save_if_due(done, request)
@@ -173,7 +176,7 @@ class _Loop:
         self._last_try = done
         self._settle(self._writer.begin(done, self._latest))
         must_be_whole = last or request in (Request.RESTART, Request.STOP)
-        if must_be_whole or not self._trainer.config.checkpoint.asynchronous:
+        if must_be_whole or self._trainer.config.checkpoint.overlap_steps == 0:
             self._settle(self._writer.finish(), must_be_whole)
         if request is not None:
             answered(request)

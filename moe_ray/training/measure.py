@@ -33,9 +33,7 @@ class Interval:
         self.routing = result.routing if self.routing is None else self.routing + result.routing
 
 
-def step_metrics(
-    trainer: Trainer, done: int, lr: float, result: StepResult, interval: Interval
-) -> dict[str, Any]:
+def step_metrics(trainer: Trainer, done: int, lr: float, result: StepResult, interval: Interval) -> dict[str, Any]:
     """Loss, norm and phases are of the step, speed and routing of the interval: small batches route noisily.
 
     Loss and norm of a skipped step are None.

@@ -19,7 +19,7 @@ from moe_ray.checkpoint.catalog import (
 from moe_ray.checkpoint.load import files_for, load_shards
 from moe_ray.checkpoint.manifest import FileKind, Manifest
 from moe_ray.data.reader import TokenData
-from moe_ray.errors import CheckpointError, MoeRayError, TrainingError
+from moe_ray.errors import ANOTHER_RANK, CheckpointError, MoeRayError, TrainingError
 from moe_ray.models.hf.upcycle import load_start
 from moe_ray.parallel.layout import Shard, model_shards, optimizer_shards
 from moe_ray.parallel.mesh import Mesh

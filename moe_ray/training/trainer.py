@@ -1,0 +1,56 @@
+"""Ray Train's TorchTrainer with the elastic controller, and signals that save before they end."""
+
+import logging
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from moe_ray.config import Config
+from moe_ray.training.elastic import ElasticController
+
+_logger = logging.getLogger(__name__)
+
+
+class ElasticTrainer(TorchTrainer):
+    """Trains with as many workers as there is room for; SIGINT and SIGTERM of the driver save first."""
+
+    def __init__(self, *arguments: Any, config: Config, **rest: Any) -> None:
+        self._settings = config.model_dump(mode="json")
+        super().__init__(*arguments, **rest)
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        # The controller makes policies of its own.
+        arguments.pop("scaling_policy")
+        arguments.pop("failure_policy")
+        node = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}  # ty: ignore
+        remote = ray.remote(
+            num_cpus=0, label_selector=node, runtime_env={"env_vars": get_env_vars_to_propagate()}
+        )(ElasticController)
+        controller: Any = remote.remote(settings=self._settings, **arguments)
+        with _stop_on_signals(controller):
+            ray.get(controller.run.remote())
+            return ray.get(controller.get_result.remote())
+
+
+@contextmanager
+def _stop_on_signals(controller: Any) -> Generator[None]:
+    """The first signal asks the workers to save and end, the second ends the program."""
+
+    def stop(number: int, frame: Any) -> None:
+        _logger.warning("%s: saving a checkpoint, then ending; again to end at once", signal.Signals(number).name)
+        for each in handled:
+            signal.signal(each, signal.default_int_handler)
+        controller.stop.remote()
+
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, stop) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
