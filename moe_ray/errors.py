@@ -76,7 +76,3 @@ class StorageError(MoeRayError):
 
 class TrainingError(MoeRayError):
     """Training cannot go on."""
-
-
-class RestartRequested(MoeRayError):  # noqa: N818
-    """No failure: the workers have saved and make way for another world."""

@@ -113,7 +113,7 @@ def test_undisturbed_run_learns(undisturbed: list[float]) -> None:
     assert undisturbed[-1] < undisturbed[0]
 
 
-def test_killed_worker_ends_the_job_and_the_same_command_resumes(
+def test_run_goes_on_when_a_worker_is_killed(
     job: Job, undisturbed: list[float], running: Callable[[str], subprocess.Popen[str]]
 ) -> None:
     process = running("worker-killed")
@@ -121,12 +121,12 @@ def test_killed_worker_ends_the_job_and_the_same_command_resumes(
     assert victims
     victims[0].send_signal(signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert re.search(r"^error: training worker \d failed: ", output, re.MULTILINE), output
-    assert list_checkpoints(job.storage / "worker-killed")
-    code, output = job.run("train.name=worker-killed")
-    assert code == 0, output
+    assert process.returncode == 0, output
+    assert re.search(r"workers \[\d.*\] failed .*; starting again", output), output
     assert job.losses("worker-killed") == pytest.approx(undisturbed, rel=1e-4)
+    last = read_metrics(job.storage / "worker-killed")[-1]
+    assert 0 < last["resumed_step"] < 12
+    assert last["redone_steps"] <= 2
 
 
 def test_killed_driver_resumes(
@@ -168,7 +168,7 @@ def test_submitted_job_runs_from_its_own_copy(
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used(job: Job, undisturbed: list[float]) -> None:
     """Uses the finished run: one more run with the last checkpoint damaged does its last steps again."""
     newest = list_checkpoints(job.storage / "undisturbed")[-1]
-    damaged = newest / "model-dense.safetensors"
+    damaged = next(newest.glob("model-*"))
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)

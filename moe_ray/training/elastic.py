@@ -5,16 +5,16 @@ growing group from the last checkpoint. Ours counts what is free on nodes that a
 checkpoint before it changes the world.
 """
 
-import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import psutil
 import ray
-from ray.exceptions import RayError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckTimeoutError
 from ray.train.v2._internal.execution.callback import ReportCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
@@ -25,18 +25,20 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moe_ray.config import Config, build_config
-from moe_ray.errors import MoeRayError, RestartRequested, StorageError
+from moe_ray.errors import MoeRayError, StorageError
 from moe_ray.storage import open_storage
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.run_log import EVENTS, RunLog
 from moe_ray.training.cluster_view import count_slots, draining_nodes
 from moe_ray.training.failures import our_error, root_causes
-from moe_ray.training.requests import Request, ask
+from moe_ray.training.requests import Request, ask, restart_on_sigterm
 
 _logger = logging.getLogger(__name__)
 _SETTLE_SECONDS = 2.0
+_KILL_SECONDS = 5.0
 _WAITING_LOG_SECONDS = 30.0
 
 
@@ -61,8 +63,9 @@ class Events:
 class WorldPolicy(ElasticScalingPolicy):
     """As many workers as fit on free resources of nodes that stay, between `min` and `max`."""
 
-    def __init__(self, scaling_config: Any, config: Config, events: Events) -> None:
+    def __init__(self, scaling_config: Any, config: Config, events: Events, save_only: Callable[[], None]) -> None:
         super().__init__(scaling_config)
+        self.save_only = save_only
         self.held: Mapping[str, int] = {}
         self._parallel = config.parallel
         self._events = events
@@ -95,11 +98,20 @@ class WorldPolicy(ElasticScalingPolicy):
         """Shrink at once if a node of ours is to leave, grow after `parallel.grow_after_seconds`."""
         self._maybe_send_resource_request()
         current, now = worker_group_state.num_workers, time.monotonic()
+        if worker_group_status.finished:
+            self._events.add("restart", "the workers have saved and make way for another world")
+            return self._resize(max(self._count(), self._parallel.min_workers))
         doomed = draining_nodes() & self.held.keys()
         if doomed - self._doomed:
             self._doomed = doomed
-            self._events.add("drain", f"{len(doomed)} nodes of this run are to leave", nodes=len(doomed))
-            return self._resize(max(self._count(), 1))
+            count = self._count()
+            self._events.add(
+                "drain", f"{len(doomed)} nodes of this run are to leave", nodes=len(doomed), room=count
+            )
+            if count >= self._parallel.min_workers:
+                return self._resize(count)
+            self.save_only()
+            return NoopDecision()
         started = max(worker_group_state.start_time, self._latest_monitor_time)
         if current >= self._parallel.max_workers or now - started < self._parallel.grow_after_seconds:
             return NoopDecision()
@@ -136,9 +148,6 @@ class RetryPolicy(FailurePolicy, ReportCallback):
             return FailureDecision.RETRY  # nodes left meanwhile: the next count knows
         causes = root_causes(training_failed_error)
         error = our_error(causes)
-        if isinstance(error, RestartRequested):
-            self._events.add("restart", error.problem)
-            return FailureDecision.RETRY
         self._failures = self._failures + 1 if self._newest_step <= self._step_at_failure else 1
         self._step_at_failure = self._newest_step
         may_pass = error is None or isinstance(error, StorageError)
@@ -170,22 +179,32 @@ class ElasticController(TrainController):
         setup_logging(config.telemetry.log_level)
         self._settings = config
         self._events = Events(config)
-        self._policy = WorldPolicy(train_run_context.scaling_config, config, self._events)
+        self._policy = WorldPolicy(
+            train_run_context.scaling_config, config, self._events, lambda: self._ask(Request.SAVE)
+        )
         retry = RetryPolicy(train_run_context.run_config.failure_config, config, self._events)
         rest |= {"scaling_policy": self._policy, "failure_policy": retry}
         super().__init__(train_run_context=train_run_context, callbacks=[*callbacks, retry], **rest)
 
     async def stop(self) -> None:
-        """Ask the workers to save and end."""
-        group = self.get_worker_group()
-        if group is None:
-            raise RuntimeError("no worker runs")
-        await asyncio.gather(*group.execute_async(ask, Request.STOP))
+        """Ask the workers to save and end; without any, end at once."""
+        self._ask(Request.STOP)
+
+    @staticmethod
+    def _is_training_succeeded(worker_group_status: Any) -> bool:
+        return TrainController._is_training_succeeded(worker_group_status) and all(
+            status.return_value.request is not Request.RESTART
+            for status in worker_group_status.worker_statuses.values()
+        )
 
     def _execute_resize_decision(self, decision: ResizeDecision) -> Any:
         group = self.get_worker_group()
-        if group is not None and not (group.get_latest_poll_status() or _NO_STATUS).errors:
-            self._save_before(decision.num_workers)
+        status = group.get_latest_poll_status() if group is not None else None
+        if group is not None and status is not None:
+            if status.errors:
+                _kill_silent(group, status)
+            elif not status.finished:
+                self._save_before(decision.num_workers)
         self._policy.held = {}
         return super()._execute_resize_decision(decision)
 
@@ -194,6 +213,7 @@ class ElasticController(TrainController):
         group = self.get_worker_group()
         assert group is not None
         self._policy.held = Counter(worker.metadata.node_id for worker in group.get_workers())
+        group.execute(restart_on_sigterm)
         self._events.add("start", f"{num_workers} workers train", workers=num_workers)
 
     def _save_before(self, num_workers: int) -> None:
@@ -202,20 +222,45 @@ class ElasticController(TrainController):
         assert group is not None
         before = len(group.get_workers())
         self._events.add("resize", f"from {before} to {num_workers} workers", workers=num_workers)
-        try:
-            ray.get(group.execute_async(ask, Request.RESTART), timeout=self._settings.parallel.timeout_seconds)
-            deadline = time.monotonic() + self._settings.parallel.timeout_seconds
-            while time.monotonic() < deadline and not group.poll_status(timeout=1.0).finished:
-                time.sleep(0.05)
-        except RayError as error:
-            _logger.warning("the workers could not save before the world changes: %s", error)
+        self._ask(Request.RESTART)
+        deadline = time.monotonic() + self._settings.parallel.timeout_seconds
+        status = group.poll_status(timeout=1.0)
+        while time.monotonic() < deadline and not status.finished and not status.errors:
+            time.sleep(0.05)
+            status = group.poll_status(timeout=1.0)
+        if not status.finished or status.errors:
+            _logger.warning("the workers could not save before the world changes")
+
+    def _ask(self, request: Request) -> None:
+        group = self.get_worker_group()
+        if group is not None:
+            group.execute_async(ask, request)
 
 
-class _NoStatus:
-    errors: Mapping[int, Exception] = {}
+def _kill_silent(group: Any, status: Any) -> None:
+    """End the workers of a failed group that have not failed themselves: one that hangs would hold its resources."""
+    silent = [
+        worker.metadata
+        for rank, worker in enumerate(group.get_workers())
+        if not isinstance(status.errors.get(rank), Exception)
+        or isinstance(status.errors[rank], WorkerHealthCheckTimeoutError)
+    ]
+    kills = [
+        ray.remote(num_cpus=0, max_retries=0)(_kill_worker)
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(metadata.node_id, soft=False))
+        .remote(metadata.pid)
+        for metadata in silent
+    ]
+    if kills:
+        ray.wait(kills, num_returns=len(kills), timeout=_KILL_SECONDS)
 
 
-_NO_STATUS = _NoStatus()
+def _kill_worker(pid: int) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        # The id may be another process's by now.
+        if "RayTrainWorker" in " ".join(process.cmdline()):
+            process.kill()
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from ray.train import WorkerGroupError
 
-from moe_ray.errors import ANOTHER_RANK, MoeRayError, RestartRequested, TrainingError
+from moe_ray.errors import ANOTHER_RANK, MoeRayError, TrainingError
 
 
 def root_causes(error: BaseException) -> list[BaseException]:
@@ -23,11 +23,7 @@ def root_causes(error: BaseException) -> list[BaseException]:
 def our_error(causes: Sequence[BaseException]) -> MoeRayError | None:
     """The one of ours among them that says most: a rank's own trouble before its word that another one failed."""
     ours = [cause for cause in causes if isinstance(cause, MoeRayError)]
-    own = [error for error in ours if error.problem != ANOTHER_RANK]
-    if own and all(isinstance(error, RestartRequested) for error in own):
-        return own[0]
-    own = [error for error in own if not isinstance(error, RestartRequested)]
-    return own[0] if own else None
+    return next((error for error in ours if error.problem != ANOTHER_RANK), None)
 
 
 def as_our_error(error: WorkerGroupError) -> MoeRayError:

@@ -27,7 +27,7 @@ from moe_ray.storage.lease import fence, hold
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.progress import show_progress
 from moe_ray.training.failures import as_our_error
-from moe_ray.training.loop import train
+from moe_ray.training.loop import Ended, train
 from moe_ray.training.resume import check_data, check_settings
 from moe_ray.training.trainer import ElasticTrainer
 
@@ -65,7 +65,7 @@ def _run(config: Config, run: Storage, lease: str) -> int:
     connect(config.parallel)
     with show_progress(run, config.train.steps), tempfile.TemporaryDirectory(prefix="moe_ray-train-") as scratch:
         try:
-            return _trainer(config, data_dir, lease, scratch).fit().return_value  # ty: ignore
+            return _trainer(config, data_dir, lease, scratch).fit().return_value.step  # ty: ignore
         except WorkerGroupError as error:
             raise as_our_error(error) from error
         except ControllerError as error:
@@ -158,7 +158,7 @@ def _trainer(config: Config, data_dir: Path, lease: str, scratch: str) -> Elasti
     )
 
 
-def _worker(arguments: dict[str, Any]) -> int:
+def _worker(arguments: dict[str, Any]) -> Ended:
     """What each Ray Train worker runs."""
     config = build_config(arguments["config"])
     setup_logging(config.telemetry.log_level)
@@ -166,7 +166,11 @@ def _worker(arguments: dict[str, Any]) -> int:
     set_threads(config.parallel.cpus_per_worker)
     device = get_device() if config.parallel.use_gpu else torch.device("cpu")
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
-    mesh = build_mesh(int(config.parallel.ep), device)
+    world = ray.train.get_context().get_world_size()
+    ep = config.parallel.ep if isinstance(config.parallel.ep, int) else world
+    mesh = build_mesh(
+        max(d for d in range(1, ep + 1) if math.gcd(world, config.model.num_experts) % d == 0), device
+    )
     return train(config, mesh, Path(arguments["data_dir"]), _report, lambda: fence(run, arguments["lease"]))
 
 

@@ -4,6 +4,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from moe_ray.checkpoint.writer import NUM_SIGNALS, CheckpointWriter, Origin, Out
 from moe_ray.config import Config
 from moe_ray.data.batches import MicroBatch, micro_batches, train_batch
 from moe_ray.data.reader import TokenData, open_data
-from moe_ray.errors import RestartRequested, StorageError, TrainingError
+from moe_ray.errors import StorageError, TrainingError
 from moe_ray.parallel.layout import init_optimizer_state
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.parallel.shard import build_sharded_model
@@ -25,7 +26,7 @@ from moe_ray.training.held_out import held_out_batches, validation_metrics
 from moe_ray.training.measure import Interval, numbers, sample_checksum, step_metrics, wrap_checksum
 from moe_ray.training.optimizer import build_optimizer, learning_rate
 from moe_ray.training.requests import Request, answered, asked, heaviest
-from moe_ray.training.restore import restore
+from moe_ray.training.restore import Restored, restore
 from moe_ray.training.resume import small_files
 from moe_ray.training.step import StepResult, Trainer, evaluate, train_step
 
@@ -34,14 +35,27 @@ _logger = logging.getLogger(__name__)
 Report = Callable[[dict[str, Any]], None]
 
 
+@dataclass(frozen=True)
+class Ended:
+    """How training ended.
+
+    Attributes:
+        step: finished steps; the newest checkpoint is of them.
+        request: what ended it before `train.steps`.
+    """
+
+    step: int
+    request: Request | None = None
+
+
 def train(
     config: Config,
     mesh: Mesh,
     data_dir: Path,
     report: Report,
     may_publish: Callable[[], bool] = lambda: True,
-) -> int:
-    """Train from the newest good checkpoint, or from the start, to `train.steps` or until asked to stop.
+) -> Ended:
+    """Train from the newest good checkpoint, or from the start, to `train.steps` or until asked to end.
 
     Args:
         mesh: this rank's place; every rank of it runs this function.
@@ -49,12 +63,8 @@ def train(
         report: called on every rank with the metrics of each logged step.
         may_publish: asked on rank 0 before a checkpoint becomes visible: whether this job still trains the run.
 
-    Returns:
-        The number of finished steps; the newest checkpoint is of them.
-
     Raises:
         CheckpointError: all checkpoints of the run are damaged, or they are of another architecture.
-        RestartRequested: the world is to change; the newest checkpoint is of the last finished step.
         StorageError: too many checkpoints in a row could not be written.
         TrainingError: too many steps in a row were not finite.
     """
@@ -65,15 +75,17 @@ def train(
     init_optimizer_state(optimizer)
     trainer = Trainer(config, mesh, model, optimizer, clock)
     data = open_data(data_dir, config.data.sequence_length)
-    first_step = restore(trainer, run, data)
-    files = small_files(config, run, first_step, data.folder / TOKENIZER)
+    restored = restore(trainer, run, data)
+    files = small_files(config, run, restored.step, data.folder / TOKENIZER)
     origin = Origin(config, run, _name_attempt(mesh), may_publish, data.index.digest, files)
-    loop = _Loop(trainer, data, run, CheckpointWriter(origin, mesh, model, optimizer), report)
-    for step in range(first_step, config.train.steps):
-        if loop.step(step) is Request.STOP:
-            return step + 1
+    loop = _Loop(trainer, data, run, CheckpointWriter(origin, mesh, model, optimizer), report, restored)
+    for step in range(restored.step, config.train.steps):
+        request = loop.step(step)
+        if request is not None and request is not Request.SAVE:
+            loop.close()
+            return Ended(step + 1, request)
     loop.close()
-    return config.train.steps
+    return Ended(config.train.steps)
 
 
 def _name_attempt(mesh: Mesh) -> str:
@@ -86,12 +98,19 @@ class _Loop:
     """The state of the loop between two steps."""
 
     def __init__(
-        self, trainer: Trainer, data: TokenData, run: Storage, writer: CheckpointWriter, report: Report
+        self,
+        trainer: Trainer,
+        data: TokenData,
+        run: Storage,
+        writer: CheckpointWriter,
+        report: Report,
+        restored: Restored,
     ) -> None:
         self._trainer = trainer
         self._data = data
         self._writer = writer
         self._report = report
+        self._restored = restored
         self._log = RunLog(run) if trainer.mesh.rank == 0 else None
         self._interval = Interval()
         self._latest: dict[str, float] = {}
@@ -137,6 +156,7 @@ class _Loop:
         metrics["checkpoint_stall_seconds"] = self._writer.stall_seconds
         metrics["checkpoint_write_seconds"] = self._writer.write_seconds
         metrics["failed_checkpoints"] = self._failed_saves
+        metrics |= {"resumed_step": self._restored.step, "redone_steps": self._restored.redone_steps}
         if evaluates:
             metrics |= self._evaluate()
         if self._log is not None:
@@ -180,8 +200,6 @@ class _Loop:
             self._settle(self._writer.finish(), must_be_whole)
         if request is not None:
             answered(request)
-        if request is Request.RESTART and not last:
-            raise RestartRequested(f"the world is to change after step {done}.", "training goes on by itself.")
 
     def _settle(self, outcome: Outcome | None, must_be_whole: bool = False) -> None:
         """Count failures of checkpoints; all ranks count alike."""

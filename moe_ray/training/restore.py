@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from moe_ray.models.hf.upcycle import load_start
 from moe_ray.parallel.layout import Shard, model_shards, optimizer_shards
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.storage import Storage
-from moe_ray.telemetry.run_log import drop_metrics_after
+from moe_ray.telemetry.run_log import drop_metrics_after, read_metrics
 from moe_ray.training.resume import check_data
 from moe_ray.training.step import Trainer
 
@@ -32,13 +33,23 @@ _logger = logging.getLogger(__name__)
 _Shards = dict[FileKind, dict[str, Shard]]
 
 
-def restore(trainer: Trainer, run: Storage, data: TokenData) -> int:
+@dataclass(frozen=True)
+class Restored:
+    """Where a run goes on.
+
+    Attributes:
+        step: finished steps.
+        redone_steps: steps that were done, as far as they were logged, and are done again.
+    """
+
+    step: int
+    redone_steps: int
+
+
+def restore(trainer: Trainer, run: Storage, data: TokenData) -> Restored:
     """Load the newest good checkpoint, or what the run starts from; all ranks call it.
 
     Each rank reads and verifies the files that it needs; a checkpoint counts as good if all ranks find it so.
-
-    Returns:
-        The number of finished steps.
 
     Raises:
         CheckpointError: all checkpoints of the run are damaged, or they are of another architecture or data.
@@ -55,8 +66,17 @@ def restore(trainer: Trainer, run: Storage, data: TokenData) -> int:
         raise all_damaged(run, len(steps))
     if not step:
         load_start(trainer.model, trainer.config.train.seed)
-    together(mesh, lambda: _forget_after(run, step) if mesh.rank == 0 else None)
-    return step
+    redone = 0
+
+    def forget() -> None:
+        nonlocal redone
+        if mesh.rank == 0:
+            redone = max([step, *(metrics["step"] for metrics in read_metrics(run))]) - step
+            tidy(run, step)
+            drop_metrics_after(run, step)
+
+    together(mesh, forget)
+    return Restored(step, int(mesh.sum_over_world(torch.tensor(redone, device=mesh.device))))
 
 
 def together(mesh: Mesh, action: Callable[[], None]) -> None:
@@ -126,8 +146,3 @@ def _drop_copies(run: Storage, step: int) -> None:
     """What was copied to this node to be read once."""
     if run.local is None:
         shutil.rmtree(cache_folder(run.child(checkpoint_name(step))), ignore_errors=True)
-
-
-def _forget_after(run: Storage, step: int) -> None:
-    tidy(run, step)
-    drop_metrics_after(run, step)
