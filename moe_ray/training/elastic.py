@@ -238,7 +238,7 @@ class ElasticController(TrainController):
 
 
 def _kill_silent(group: Any, status: Any) -> None:
-    """End the workers of a failed group that have not failed themselves: one that hangs would hold its resources."""
+    """End workers of a failed group that have not failed themselves: one that hangs would hold its resources."""
     silent = [
         worker.metadata
         for rank, worker in enumerate(group.get_workers())
