@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.s3_server import s3  # noqa: F401
+from tests.s3_server import breakable_s3, s3, storage_uri  # noqa: F401
 
 # Read when ray is first imported or started: without them a local Ray would use, or leave, a token in the
 # home folder, or join a cluster that RAY_ADDRESS names.

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,9 +40,12 @@ class S3Server:
 
     def uri(self, prefix: str) -> str:
         """A folder in its bucket, reached through `proxy`."""
-        return (
-            f"s3://{_BUCKET}/{prefix}?endpoint_override=127.0.0.1:{self.proxy.port}&scheme=http&region=us-east-1"
-        )
+        server = f"endpoint_override=127.0.0.1:{self.proxy.port}&scheme=http&region=us-east-1"
+        return f"s3://{_BUCKET}/{prefix}?{server}"
+
+    def fresh_uri(self) -> str:
+        """A folder that nothing else uses."""
+        return self.uri(f"tests/{uuid.uuid4().hex}")
 
 
 @pytest.fixture(scope="session")
@@ -58,6 +62,19 @@ def s3() -> Iterator[S3Server]:
         stack.callback(process.kill)
         _wait_until_ready(process, port, folder)
         yield S3Server(Proxy(port))
+
+
+@pytest.fixture
+def breakable_s3(s3: S3Server) -> Iterator[S3Server]:
+    """The same server; its network is whole again after the test."""
+    yield s3
+    s3.proxy.mend()
+
+
+@pytest.fixture(params=["disk", "s3"])
+def storage_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder, once on a disk and once in the server."""
+    return str(tmp_path / "run") if request.param == "disk" else request.getfixturevalue("s3").fresh_uri()
 
 
 def _start(folder: Path) -> tuple[subprocess.Popen, int]:
