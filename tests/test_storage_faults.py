@@ -1,5 +1,6 @@
 """Killed writers, a network that breaks and a server that stays away."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -67,6 +68,31 @@ def test_a_writer_killed_in_an_upload_leaves_no_part(breakable_s3: S3Server, bef
     storage.clean()
     assert storage.list() == (["a/file"] if before is not None else [])
     assert before is None or storage.read("a/file") == before
+
+
+def test_an_interrupted_upload_leaves_no_part(breakable_s3: S3Server) -> None:
+    storage = open_storage(breakable_s3.fresh_uri())
+    storage.write("a/file", b"old")
+    breakable_s3.proxy.freeze_after(1)
+    writer = start_writer(storage.uri, "x")
+    assert breakable_s3.proxy.broken.wait(60)
+    writer.send_signal(signal.SIGINT)
+    breakable_s3.proxy.mend()
+    assert writer.wait(60) != 0
+    assert storage.read("a/file") in (b"old", b"x" * 40 * _MB)
+
+
+@pytest.mark.parametrize("num_bytes", [1, 20 * _MB])
+def test_a_failed_upload_publishes_nothing_later(breakable_s3: S3Server, num_bytes: int) -> None:
+    storage = open_storage(breakable_s3.fresh_uri(), retry_seconds=0)
+    storage.write("file", b"old")
+    breakable_s3.proxy.cut_after(num_bytes)
+    with pytest.raises(StorageError) as caught:
+        storage.write("file", bytes(40 * _MB))
+    breakable_s3.proxy.mend()
+    del caught
+    gc.collect()
+    assert storage.read("file") == b"old"
 
 
 @pytest.mark.parametrize("deed", ["upload", "download"])

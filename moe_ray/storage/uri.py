@@ -91,7 +91,6 @@ def _open_s3(bucket: str, settings: dict[str, str], policy: Policy) -> FileSyste
         endpoint_override=settings.get("endpoint_override"),
         scheme=settings.get("scheme", "https"),
         region=region,
-        allow_delayed_open=True,
         connect_timeout=min(_LONGEST_CONNECT_SECONDS, patience),
         request_timeout=min(_LONGEST_REQUEST_SECONDS, patience),
         retry_strategy=AwsStandardS3RetryStrategy(max_attempts=2),
