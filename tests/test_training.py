@@ -5,7 +5,7 @@ import math
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +128,6 @@ def test_only_the_newest_checkpoints_are_kept(make_config: Callable[..., Config]
     config = make_config("checkpoint.every=2", "checkpoint.keep_last=2")
     run(config)
     assert [path.name for path in list_checkpoints(config.train.run_dir)] == ["step-00000010", "step-00000012"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(mount)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
 def test_full_disk_loses_nothing(make_config: Callable[..., Config], small_disk: Path) -> None:

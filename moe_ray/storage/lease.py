@@ -36,10 +36,10 @@ def hold(
 ) -> Generator["Lease"]:
     """Hold the lease of a run while the block runs.
 
-    A lease whose holder has died is taken over: at once where the holder was of this machine and the storage is one
-    of its disks, else after its file has not changed for `seconds`. Clocks of different machines are never compared.
+    A lease whose holder has died is taken over: at once where both are of one machine that can lock the folder,
+    else after the file has not changed for `seconds`. Clocks of different machines are never compared.
 
-    Two that start within the same moment are told apart by reading back; should one be so slow that both went on,
+    Two that start at the same moment are told apart by reading back. Should one be so slow that both go on, then
     `Lease.is_mine` of the earlier one becomes False, and `fence` keeps it from publishing.
 
     Args:

@@ -29,7 +29,7 @@ def try_lock(folder: Path | None) -> Generator[bool | None]:
     except OSError as error:
         raise StorageError(
             f"{str(folder / LOCK)!r} could not be created: {error.strerror}.",
-            "mend the storage or choose another.",
+            "check the address of the storage and that you may write there.",
         ) from error
     with file:
         try:

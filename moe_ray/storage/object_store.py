@@ -2,10 +2,12 @@
 
 import errno
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
+import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from moe_ray.storage.base import checked
@@ -57,14 +59,20 @@ class ObjectStorage:
 
     def write(self, name: str, content: bytes | memoryview) -> None:
         path = self._path(name)
+        buffer = pa.py_buffer(content)
 
         def upload() -> None:
             stream = self.filesystem.open_output_stream(path)
-            # In one call: an exception between two would have the rest forgotten and the beginning published.
-            stream.write(content)
+            stream.write(buffer)
             stream.close()
 
-        self.policy.run(upload, "written", self._shown(path))
+        def upload_undisturbed() -> None:
+            # A stream that an exception leaves behind publishes what it has, even if that is nothing. In a thread,
+            # no signal can raise between these calls.
+            with ThreadPoolExecutor(max_workers=1) as thread:
+                thread.submit(upload).result()
+
+        self.policy.run(upload_undisturbed, "written", self._shown(path))
 
     def fetch(self, name: str, target: Path) -> None:
         path = self._path(name)

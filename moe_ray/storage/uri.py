@@ -24,8 +24,8 @@ def open_storage(uri: str | Path, retry_seconds: float = 60.0, breaker: Breaker 
     """Open a folder; it need not exist yet.
 
     Args:
-        uri: a path, `s3://bucket/folder` or `gs://bucket/folder`. `?endpoint_override=HOST:PORT&scheme=http` is for
-            other servers than the provider's, `region` for S3 only. Credentials come from the environment.
+        uri: a path, `s3://bucket/folder` or `gs://bucket/folder`. `?endpoint_override=HOST:PORT&scheme=http` names
+            another server than the provider's, `region` is for S3 only. Credentials come from the environment.
         retry_seconds: for how long after its first failure an operation is tried again.
         breaker: one to share with other storages that fail together with this one; None: a new one.
 
@@ -91,7 +91,6 @@ def _open_s3(bucket: str, settings: dict[str, str], policy: Policy) -> FileSyste
         endpoint_override=settings.get("endpoint_override"),
         scheme=settings.get("scheme", "https"),
         region=region,
-        allow_delayed_open=True,
         connect_timeout=min(_LONGEST_CONNECT_SECONDS, patience),
         request_timeout=min(_LONGEST_REQUEST_SECONDS, patience),
         retry_strategy=AwsStandardS3RetryStrategy(max_attempts=2),
