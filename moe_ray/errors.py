@@ -65,3 +65,7 @@ class StorageError(MoeRayError):
 
 class TrainingError(MoeRayError):
     """Training cannot go on."""
+
+
+class OutOfMemory(TrainingError):
+    """A training step needs more memory than its device or machine has left."""

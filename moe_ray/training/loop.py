@@ -49,6 +49,7 @@ def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
         CheckpointError: all checkpoints of the run are damaged, or they are of another architecture.
         ConfigError: another job trains this run.
         StorageError: a checkpoint could not be written.
+        OutOfMemory: a step needs more memory than there is.
         TrainingError: the loss or a gradient is not finite.
     """
     with ExitStack() as stack:
@@ -78,7 +79,7 @@ def _train(config: Config, mesh: Mesh, data_dir: Path, report: Report, stack: Ex
         try:
             result = train_step(trainer, batches, lr)
         except TrainingError as error:
-            raise TrainingError(f"step {done}: {error.problem}", error.fix) from None
+            raise type(error)(f"step {done}: {error.problem}", error.fix) from None
         interval.add(result, time.perf_counter() - started)
         if clock.enabled:
             metrics = _metrics(trainer, done, lr, result, interval)
