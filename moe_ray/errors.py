@@ -67,5 +67,5 @@ class TrainingError(MoeRayError):
     """Training cannot go on."""
 
 
-class OutOfMemory(TrainingError):
+class OutOfMemoryError(TrainingError):
     """A training step needs more memory than its device or machine has left."""

@@ -12,7 +12,7 @@ import torch
 from moe_ray.config import Config, build_config
 from moe_ray.data.batches import MicroBatch
 from moe_ray.data.prepare import prepare
-from moe_ray.errors import OutOfMemory, TrainingError
+from moe_ray.errors import OutOfMemoryError, TrainingError
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.parallel.shard import build_sharded_model
 from moe_ray.telemetry.clock import PhaseClock
@@ -64,7 +64,7 @@ def fail_in_phase(rank: int, phase: str) -> None:
     trainer = Trainer(CONFIG, mesh, model, build_optimizer(model, CONFIG.optim), clock)
     tokens_BS = torch.randint(MODEL["vocab_size"], (2, 64), generator=torch.Generator().manual_seed(rank))
     batch = MicroBatch(tokens_BS, tokens_BS, torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(OutOfMemory) as raised:
+    with pytest.raises(OutOfMemoryError) as raised:
         train_step(trainer, [batch], 1e-3)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     problem, fix = raised.value.problem, raised.value.fix
@@ -89,7 +89,9 @@ def test_the_error_names_phase_batch_imbalance_and_settings(phase: str) -> None:
 
 
 def train_until_memory_ends(_: int, config: Config, data_dir: Path) -> None:
-    with pytest.raises(OutOfMemory, match=r"^step 2: worker 0 ran out of memory in phase \w+ with micro-batches"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"^step 2: worker 0 ran out of memory in phase \w+ with micro-batches"
+    ):
         loop.train(config, build_mesh(1), data_dir, lambda metrics: allow_no_more_memory())
 
 
@@ -106,7 +108,7 @@ def test_the_loop_keeps_the_type_and_names_the_step(tmp_path: Path) -> None:
 
 
 def test_only_failed_allocations_count() -> None:
-    assert issubclass(OutOfMemory, TrainingError)
+    assert issubclass(OutOfMemoryError, TrainingError)
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

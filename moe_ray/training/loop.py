@@ -49,7 +49,7 @@ def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
         CheckpointError: all checkpoints of the run are damaged, or they are of another architecture.
         ConfigError: another job trains this run.
         StorageError: a checkpoint could not be written.
-        OutOfMemory: a step needs more memory than there is.
+        OutOfMemoryError: a step needs more memory than there is.
         TrainingError: the loss or a gradient is not finite.
     """
     with ExitStack() as stack:

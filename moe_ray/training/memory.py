@@ -3,7 +3,7 @@
 Shapes: L MoE layers, E experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_ray.analytics.routing import RoutingSums
 from moe_ray.config import Config
-from moe_ray.errors import OutOfMemory
+from moe_ray.errors import OutOfMemoryError
 from moe_ray.models.transformer import Transformer
 from moe_ray.parallel.mesh import Mesh
 
@@ -28,7 +28,7 @@ _ALLOCATORS = (
 @contextmanager
 def explain_out_of_memory(
     config: Config, mesh: Mesh, model: Transformer, phase: str, shape: tuple[int, ...], routing: RoutingSums
-) -> Iterator[None]:
+) -> Generator[None]:
     """Turn a failed allocation inside the `with` block into the error that says what to do about it.
 
     Args:
@@ -37,7 +37,7 @@ def explain_out_of_memory(
         routing: what this rank has routed in this step so far.
 
     Raises:
-        OutOfMemory: `torch.OutOfMemoryError`, `MemoryError` or a RuntimeError of an allocator was raised inside.
+        OutOfMemoryError: `torch.OutOfMemoryError`, `MemoryError` or an allocator's RuntimeError was raised.
     """
     try:
         yield
@@ -47,7 +47,7 @@ def explain_out_of_memory(
         expert, rank = _imbalance(_load_fraction(model, routing), mesh.ep)
         sequences, length = shape
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise OutOfMemory(
+        raise OutOfMemoryError(
             f"worker {mesh.rank} ran out of memory in phase {phase} with micro-batches of {sequences} sequences x "
             f"{length} tokens; the busiest expert takes {expert:.2f} times the mean of tokens, the busiest rank "
             f"of an ep group {rank:.2f} times ({reason}).",
@@ -85,8 +85,6 @@ def _advice(config: Config, mesh: Mesh) -> str:
     if mesh.ep > 1:
         steps.append(f"lower parallel.dispatch_buffer_factor (now {parallel.dispatch_buffer_factor:g})")
     steps.append(f"raise parallel.ep (now {mesh.ep} of {mesh.world_size} workers)")
-    for name in ("shard_dense", "shard_experts"):
-        if not getattr(parallel, name):
-            steps.append(f"set parallel.{name}")
+    steps += [f"set parallel.{name}" for name in ("shard_dense", "shard_experts") if not getattr(parallel, name)]
     steps.append(f"lower data.sequence_length (now {length})")
     return "in this order, " + ", ".join(steps) + "; the same command goes on from the newest checkpoint."

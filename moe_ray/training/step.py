@@ -4,7 +4,7 @@ Shapes: B sequences, S tokens of each, T tokens (B*S), E experts, L MoE layers, 
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,7 +67,7 @@ def train_step(trainer: Trainer, micro_batches: Iterable[MicroBatch], lr: float)
         lr: learning rate of this update.
 
     Raises:
-        OutOfMemory: memory ran out; after the phase `optimizer` has begun, the parameters are undefined.
+        OutOfMemoryError: memory ran out; after the phase `optimizer` has begun, the parameters are undefined.
         TrainingError: the loss or a gradient is not finite; the parameters are as they were.
     """
     mesh, train = trainer.mesh, trainer.config.train
@@ -99,7 +99,7 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Iterable[MicroBatch]) 
         This rank's part of the mean loss (float64 scalar) and of the routing sums.
 
     Raises:
-        OutOfMemory: memory ran out.
+        OutOfMemoryError: memory ran out.
     """
     config = trainer.config
     num_tokens = _tokens_per_step(config)
@@ -119,7 +119,7 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Iterable[MicroBatch]) 
 
 
 @contextmanager
-def _phase(trainer: Trainer, name: str, shape: tuple[int, ...], routing: RoutingSums) -> Iterator[None]:
+def _phase(trainer: Trainer, name: str, shape: tuple[int, ...], routing: RoutingSums) -> Generator[None]:
     """Time a phase and explain where memory runs out in it."""
     explained = explain_out_of_memory(trainer.config, trainer.mesh, trainer.model, name, shape, routing)
     with explained, trainer.clock.phase(name):
