@@ -76,3 +76,7 @@ class StorageError(MoeRayError):
 
 class TrainingError(MoeRayError):
     """Training cannot go on."""
+
+
+class OutOfMemoryError(TrainingError):
+    """A training step needs more memory than its device or machine has left."""

@@ -40,8 +40,12 @@ class GroupedExperts(nn.Module):
         """Experts that this module holds (e)."""
         return self.w_in_eGD.shape[0]
 
-    def forward(self, x_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
+    def forward(self, x_RD: Tensor, tokens_per_expert_e: Tensor, max_kept_rows: int | None = None) -> Tensor:
         """Apply expert i to its `tokens_per_expert_e[i]` consecutive rows; the counts sum to R.
+
+        Args:
+            max_kept_rows: rows whose hidden activations are kept for the backward pass, at least 1; those of the
+                rest are computed twice, in chunks of at most as many rows. None: all are kept.
 
         Returns:
             Rows of shape [R, D] in the dtype of `x_RD`. Experts without rows get zero gradients.
@@ -53,13 +57,42 @@ class GroupedExperts(nn.Module):
             experts_e = torch.arange(self.num_local_experts, device=x_RD.device)
             expert_R = experts_e.repeat_interleave(tokens_per_expert_e, output_size=x_RD.shape[0])
             b_in_eG, b_out_eD = self.b_in_eG.to(x_RD.dtype), self.b_out_eD.to(x_RD.dtype)
-        return _GroupedFeedForward.apply(
-            x_RD, w_in_eGD, w_out_eDF, b_in_eG, b_out_eD, ends_e, expert_R, self.activation
+        weights = (w_in_eGD, w_out_eDF, b_in_eG, b_out_eD)
+        if max_kept_rows is None or x_RD.shape[0] <= max_kept_rows:
+            return _GroupedFeedForward.apply(x_RD, *weights, ends_e, expert_R, self.activation, True)
+        return _in_chunks(x_RD, weights, ends_e, expert_R, self.activation, max_kept_rows)
+
+
+def _in_chunks(
+    x_RD: Tensor,
+    weights: tuple[Tensor | None, ...],
+    ends_e: Tensor,
+    expert_R: Tensor | None,
+    activation: Activation,
+    size: int,
+) -> Tensor:
+    """`_GroupedFeedForward` of at most `size` rows at a time, of which only the last keeps its hidden rows."""
+    # The last one is full: the backward pass meets it first, and frees it before it computes others again.
+    remainder = x_RD.shape[0] % size
+    sizes = [remainder] * (remainder > 0) + [size] * (x_RD.shape[0] // size)
+    experts = [None] * len(sizes) if expert_R is None else expert_R.split(sizes)
+    y_chunks, first = [], 0
+    for chunk_RD, expert_chunk_R in zip(x_RD.split(sizes), experts, strict=True):
+        rows = chunk_RD.shape[0]
+        chunk_ends_e = (ends_e - first).clamp(0, rows)
+        first += rows
+        is_kept = first == x_RD.shape[0]
+        y_chunks.append(
+            _GroupedFeedForward.apply(chunk_RD, *weights, chunk_ends_e, expert_chunk_R, activation, is_kept)
         )
+    return torch.cat(y_chunks)
 
 
 class _GroupedFeedForward(torch.autograd.Function):
-    """y = act(x W_in + b_in) W_out + b_out per group, keeping x, the hidden rows and their activation."""
+    """y = act(x W_in + b_in) W_out + b_out per group, keeping x and, if `is_kept`, the hidden rows twice over.
+
+    Otherwise the backward pass computes the hidden rows and their activation again.
+    """
 
     @staticmethod
     def forward(
@@ -72,21 +105,24 @@ class _GroupedFeedForward(torch.autograd.Function):
         ends_e: Tensor,
         expert_R: Tensor | None,
         activation: Activation,
+        is_kept: bool,
     ) -> Tensor:
-        h_RG = grouped_mm(x_RD, w_in_eGD.transpose(-2, -1), ends_e)
-        if b_in_eG is not None and expert_R is not None:
-            h_RG += b_in_eG.index_select(0, expert_R)
+        h_RG = _hidden(x_RD, w_in_eGD, b_in_eG, ends_e, expert_R)
         a_RF = activation.forward(h_RG)
         y_RD = grouped_mm(a_RF, w_out_eDF.transpose(-2, -1), ends_e)
         if b_out_eD is not None and expert_R is not None:
             y_RD += b_out_eD.index_select(0, expert_R)
         ctx.activation = activation
-        ctx.save_for_backward(x_RD, w_in_eGD, w_out_eDF, ends_e, expert_R, h_RG, a_RF)
+        hidden = (h_RG, a_RF) if is_kept else (None, None)
+        ctx.save_for_backward(x_RD, w_in_eGD, w_out_eDF, b_in_eG, ends_e, expert_R, *hidden)
         return y_RD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, w_in_eGD, w_out_eDF, ends_e, expert_R, h_RG, a_RF = ctx.saved_tensors
+        x_RD, w_in_eGD, w_out_eDF, b_in_eG, ends_e, expert_R, h_RG, a_RF = ctx.saved_tensors
+        if h_RG is None:
+            h_RG = _hidden(x_RD, w_in_eGD, b_in_eG, ends_e, expert_R)
+            a_RF = ctx.activation.forward(h_RG)
         dy_RD = grads[0].contiguous()
         num_experts = w_in_eGD.shape[0]
         da_RF = grouped_mm(dy_RD, w_out_eDF, ends_e)
@@ -98,7 +134,16 @@ class _GroupedFeedForward(torch.autograd.Function):
         if expert_R is not None:
             db_in_eG = _sum_by_expert(dh_RG, expert_R, num_experts)
             db_out_eD = _sum_by_expert(dy_RD, expert_R, num_experts)
-        return dx_RD, dw_in_eGD, dw_out_eDF, db_in_eG, db_out_eD, None, None, None
+        return dx_RD, dw_in_eGD, dw_out_eDF, db_in_eG, db_out_eD, None, None, None, None
+
+
+def _hidden(
+    x_RD: Tensor, w_in_eGD: Tensor, b_in_eG: Tensor | None, ends_e: Tensor, expert_R: Tensor | None
+) -> Tensor:
+    h_RG = grouped_mm(x_RD, w_in_eGD.transpose(-2, -1), ends_e)
+    if b_in_eG is not None and expert_R is not None:
+        h_RG += b_in_eG.index_select(0, expert_R)
+    return h_RG
 
 
 def _sum_by_expert(rows: Tensor, expert_R: Tensor, num_experts: int) -> Tensor:

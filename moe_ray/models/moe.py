@@ -37,11 +37,13 @@ class Dispatched:
         x_RD: rows grouped by local expert.
         tokens_per_expert_e: rows of each local expert, padding included, int64.
         plan: what `combine` of the same dispatcher needs to send the rows back.
+        max_kept_rows: rows whose hidden activations the experts may keep; None: all.
     """
 
     x_RD: Tensor
     tokens_per_expert_e: Tensor
     plan: Any
+    max_kept_rows: int | None = None
 
 
 class Dispatcher(Protocol):
@@ -115,7 +117,7 @@ class MoE(nn.Module):
             # Before dispatch, so that half as many bytes move; grouped_mm does not know of autocast.
             x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
         dispatched = self.dispatcher.dispatch(x_TD, routing)
-        y_RD = self.experts(dispatched.x_RD, dispatched.tokens_per_expert_e)
+        y_RD = self.experts(dispatched.x_RD, dispatched.tokens_per_expert_e, dispatched.max_kept_rows)
         y_TD = self.dispatcher.combine(y_RD, routing, dispatched.plan)
         if self.shared is not None:
             y_TD = y_TD + self._shared(x_TD)

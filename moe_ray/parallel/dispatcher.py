@@ -4,6 +4,7 @@ Shapes: T local tokens, K top-k, N = T * K routed tokens, D model dim, E experts
 e local experts, R rows received for the local experts.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +36,16 @@ class AllToAllPlan:
 
 
 class AllToAllDispatcher:
-    """Rank r of the group holds experts [r * e, (r + 1) * e). Every rank must call in the same order."""
+    """Rank r of the group holds experts [r * e, (r + 1) * e). Every rank must call in the same order.
 
-    def __init__(self, group: dist.ProcessGroup, clock: PhaseClock) -> None:
+    Args:
+        buffer_factor: rows whose hidden activations this rank's experts keep, over the balanced share; None: all.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, clock: PhaseClock, buffer_factor: float | None = None) -> None:
         self._group = group
         self._clock = clock
+        self._buffer_factor = buffer_factor
 
     def dispatch(self, x_TD: Tensor, routing: Routing) -> Dispatched:
         """Send each token to the ranks of its K experts."""
@@ -54,7 +60,8 @@ class AllToAllDispatcher:
         local_expert_ids_R = local_expert_ids_R.repeat_interleave(received_pe.flatten(), output_size=sum(received))
         plan = AllToAllPlan(by_expert, group_by_expert(local_expert_ids_R.unsqueeze(1)), sent, received)
         rows_RD = self._exchange(permute(x_TD, by_expert), sent, received)
-        return Dispatched(permute(rows_RD, plan.by_local_expert), received_pe.sum(0), plan)
+        max_kept_rows = self._max_kept_rows(sum(sent), sum(received))
+        return Dispatched(permute(rows_RD, plan.by_local_expert), received_pe.sum(0), plan, max_kept_rows)
 
     def combine(self, y_RD: Tensor, routing: Routing, plan: AllToAllPlan) -> Tensor:
         """Send the rows back and sum over each token's experts."""
@@ -62,6 +69,16 @@ class AllToAllDispatcher:
         by_source = Permutation(inverse.flatten(), order.view_as(inverse))
         y_ND = self._exchange(permute(y_RD, by_source), plan.received, plan.sent)
         return unpermute(y_ND, routing.weights_TK, plan.by_expert)
+
+    def _max_kept_rows(self, num_sent: int, num_received: int) -> int | None:
+        """Decided without a message: ranks have about equally many tokens, so each sends a balanced share.
+
+        A rank with fewer tokens than its peers takes what one of p equal ranks would have sent it. Neither is
+        more than the largest rank sends.
+        """
+        if self._buffer_factor is None:
+            return None
+        return math.ceil(self._buffer_factor * max(num_sent, num_received / self._group.size()))
 
     def _exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
         return _AllToAll.apply(rows, sent, received, self._group, self._clock)

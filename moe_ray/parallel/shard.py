@@ -11,21 +11,29 @@ from moe_ray.parallel.mesh import Mesh
 from moe_ray.telemetry.clock import PhaseClock
 
 
-def build_sharded_model(config: ModelConfig, seed: int, mesh: Mesh, clock: PhaseClock) -> Transformer:
+def build_sharded_model(
+    config: ModelConfig, seed: int, mesh: Mesh, clock: PhaseClock, buffer_factor: float | None = None
+) -> Transformer:
     """A model that holds this rank's share of the experts, with the weights that one process would have.
 
     No rank ever holds more than its share: the model is cut before memory is allocated.
+
+    Args:
+        buffer_factor: as in `shard_experts`.
     """
     with torch.device("meta"):
         model = Transformer(config)
-    shard_experts(model, mesh, clock)
+    shard_experts(model, mesh, clock, buffer_factor)
     return init_weights(materialize(model, mesh.device), seed)
 
 
-def shard_experts(model: Transformer, mesh: Mesh, clock: PhaseClock) -> None:
+def shard_experts(model: Transformer, mesh: Mesh, clock: PhaseClock, buffer_factor: float | None = None) -> None:
     """Keep this rank's slice of each expert tensor and dispatch by all-to-all. In place; `ep` = 1 changes nothing.
 
     `config` has made sure that `ep` divides the experts.
+
+    Args:
+        buffer_factor: rows whose hidden activations a rank keeps, over the balanced share; None: all.
     """
     if mesh.ep_group is None:
         return
@@ -36,7 +44,7 @@ def shard_experts(model: Transformer, mesh: Mesh, clock: PhaseClock) -> None:
         for name, parameter in experts.named_parameters():
             mine = parameter.detach()[experts.first_expert : experts.first_expert + share].clone()
             setattr(experts, name, nn.Parameter(mine))
-        moe.dispatcher = AllToAllDispatcher(mesh.ep_group, clock)
+        moe.dispatcher = AllToAllDispatcher(mesh.ep_group, clock, buffer_factor)
 
 
 def expert_parameter_names(model: nn.Module) -> frozenset[str]:

@@ -65,12 +65,13 @@ def train(
 
     Raises:
         CheckpointError: all checkpoints of the run are damaged, or they are of another architecture.
+        OutOfMemoryError: a step needs more memory than there is.
         StorageError: too many checkpoints in a row could not be written.
         TrainingError: too many steps in a row were not finite.
     """
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
     clock = PhaseClock(mesh.device, enabled=False)
-    model = build_sharded_model(config.model, config.train.seed, mesh, clock)
+    model = build_sharded_model(config.model, config.train.seed, mesh, clock, config.parallel)
     optimizer = build_optimizer(model, config.optim)
     init_optimizer_state(optimizer)
     trainer = Trainer(config, mesh, model, optimizer, clock)

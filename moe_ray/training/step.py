@@ -4,7 +4,8 @@ Shapes: B sequences, S tokens of each, T tokens (B*S), E experts, L MoE layers, 
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from moe_ray.models.transformer import Transformer
 from moe_ray.parallel.grads import clip_gradients, reduce_gradients
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.telemetry.clock import PhaseClock
+from moe_ray.training.memory import explain_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,14 @@ def train_step(
         signals: numbers to be summed over the ranks along with the loss, equally many on every rank.
 
     If the loss or a gradient is not finite, parameters, optimizer and routers stay as they were, on all ranks.
+
+    Raises:
+        OutOfMemoryError: memory ran out; after the phase `optimizer` has begun, the parameters are undefined.
     """
-    clock, mesh = trainer.clock, trainer.mesh
+    mesh, train = trainer.mesh, trainer.config.train
+    shape = (train.micro_batch, trainer.config.data.sequence_length)
     loss_sum, routing = accumulate_gradients(trainer, micro_batches)
-    with clock.phase("reduce"):
+    with _phase(trainer, "reduce", shape, routing):
         reduce_gradients(trainer.model, mesh)
         grad_norm = clip_gradients(trainer.model, mesh, trainer.config.optim.clip_norm)
         loss, sums = _sum_over_world(mesh, loss_sum, routing, signals)
@@ -85,7 +91,7 @@ def train_step(
     if not result.is_finite:
         trainer.optimizer.zero_grad()
         return result
-    with clock.phase("optimizer"):
+    with _phase(trainer, "optimizer", shape, routing):
         for group in trainer.optimizer.param_groups:
             group["lr"] = lr
         for moe, load_fraction_E in zip(trainer.model.moe_modules(), routing.load_fraction_LE, strict=True):
@@ -100,21 +106,33 @@ def accumulate_gradients(trainer: Trainer, micro_batches: Iterable[MicroBatch]) 
 
     Returns:
         This rank's part of the mean loss (float64 scalar) and of the routing sums.
+
+    Raises:
+        OutOfMemoryError: memory ran out.
     """
-    config, clock = trainer.config, trainer.clock
+    config = trainer.config
     num_tokens = _tokens_per_step(config)
     loss_sum = torch.zeros((), dtype=torch.float64, device=trainer.mesh.device)
     routing = RoutingSums.zeros(len(config.model.moe_layers), config.model.num_experts, trainer.mesh.device)
     for batch in micro_batches:
-        with clock.phase("forward"):
+        shape = tuple(batch.tokens_BS.shape)
+        with _phase(trainer, "forward", shape, routing):
             logits_TV, routings = _forward(trainer.model, trainer.mesh, config.train.dtype, batch)
             loss = next_token_loss(logits_TV, batch.targets_BS.to(trainer.mesh.device).flatten(), num_tokens)
             total = loss + auxiliary_losses(trainer.model, routings, len(batch.tokens_BS), num_tokens)
             routing.add(routings)
             loss_sum += loss.detach().double()
-        with clock.phase("backward"):
+        with _phase(trainer, "backward", shape, routing):
             total.backward()
     return loss_sum, routing
+
+
+@contextmanager
+def _phase(trainer: Trainer, name: str, shape: tuple[int, ...], routing: RoutingSums) -> Generator[None]:
+    """Time a phase and explain where memory runs out in it."""
+    explained = explain_out_of_memory(trainer.config, trainer.mesh, trainer.model, name, shape, routing)
+    with explained, trainer.clock.phase(name):
+        yield
 
 
 def auxiliary_losses(

@@ -1,0 +1,214 @@
+"""What a training step, its messages and its failures cost, as formulae.
+
+Symbols: n ranks, p of them an ep group, n/p copies of each expert; T tokens a rank and step, K experts a
+token, D model dim, b bytes of an activation, L MoE layers, E experts, A micro-batches; P_d parameters that are
+no experts, P_e of experts.
+
+- FLOPs: `ModelConfig.flops_per_token` (Chowdhery et al. 2022, PaLM, appendix B, active parameters). Seconds
+  are FLOPs over peak times efficiency.
+- AdamW reads parameter, gradient and two moments and writes three of them: 28 bytes a parameter, at memory
+  speed.
+- Dispatch and combine: 4 L T K D b (p - 1)/p bytes leave a rank under balanced routing: twice forward, twice
+  backward (Lepikhin et al. 2020, GShard); and the counts, 8 L A E (p - 1)/p.
+- All-reduce of x bytes over g ranks: 2 x (g - 1)/g leave each (Patarasuk and Yuan 2009, ring), 2 log2(g)
+  latencies (Thakur et al. 2005). Gradients are float32: P_d over n ranks, P_e/p over n/p.
+- Sharded parameters (Rajbhandari et al. 2020, ZeRO, stage 3): gathered forward and backward, gradients
+  scattered, in each micro-batch: 3 A x (g - 1)/g instead.
+- Groups larger than a node: peers on other nodes are reached over the network, at the same time as those on
+  the own over the node's links; the slower decides. Nothing overlaps with computation, as in the code.
+- Checkpoint: 12 bytes a parameter. It stops training for the copy to host memory, or for the write as well.
+- Interval: sqrt(2 s M), s seconds that a checkpoint stops training, M mean time between failures of the whole
+  (Young 1974; Daly 2006, first order), but not shorter than a write or a step takes.
+- Goodput: 1 - s/interval - lost/M, at least 0, where a failure loses half an interval, detection, restart and
+  load, and static training the wait for another node. Elastic training instead goes on with m - 1 of m nodes,
+  which loses wait/m, and restarts once more, on a checkpoint, to grow; it waits too where that loses less.
+"""
+
+import math
+from dataclasses import dataclass
+
+from moe_ray.config import Dtype
+from moe_ray.model_config import ModelConfig
+
+_STATE_BYTES = 12
+_ADAMW_BYTES = 28
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One rank's device and what connects it; FLOP/s, bytes/s a rank and direction, seconds.
+
+    Attributes:
+        efficiency: share of `peak_flops` that the whole model reaches without communication.
+        copy_bandwidth: device to host.
+        storage_bandwidth: of a node.
+    """
+
+    peak_flops: float
+    efficiency: float
+    memory_bandwidth: float
+    ranks_per_node: int
+    intra_bandwidth: float
+    inter_bandwidth: float
+    latency: float
+    copy_bandwidth: float
+    storage_bandwidth: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on `world` ranks; `sequences` are those of one rank and step."""
+
+    model: ModelConfig
+    world: int
+    ep: int
+    sequences: int
+    micro_batch: int
+    sequence_length: int
+    dtype: Dtype = "bfloat16"
+    shard_dense: bool = False
+    shard_experts: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of one rank and step."""
+        return self.sequences * self.sequence_length
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a step."""
+        return -(-self.sequences // self.micro_batch)
+
+    @property
+    def expert_params(self) -> int:
+        """Parameters of all experts."""
+        model = self.model
+        width = (2 if model.is_gated else 1) * model.expert_dim
+        bias = width + model.dim if model.expert_ffn_bias else 0
+        expert = (width + model.expert_dim) * model.dim + bias
+        return len(model.moe_layers) * model.num_experts * expert
+
+    @property
+    def dense_params(self) -> int:
+        """All other parameters."""
+        return self.model.num_params() - self.expert_params
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Bytes that leave a rank in a step, to the `group - 1` peers that are `stride` ranks apart."""
+
+    sent: float
+    group: int
+    stride: int
+    messages: float
+
+    def seconds(self, hardware: Hardware) -> float:
+        """Time on the links; peers on the own node and on others at the same time."""
+        if self.group == 1:
+            return 0.0
+        near = max(1, min(self.group, hardware.ranks_per_node // self.stride))
+        far = (self.group - near) / (self.group - 1)
+        intra, inter = self.sent * (1 - far) / hardware.intra_bandwidth, self.sent * far / hardware.inter_bandwidth
+        return max(intra, inter) + self.messages * hardware.latency
+
+    def ring_seconds(self, hardware: Hardware) -> float:
+        """The same for a ring, all of whose traffic crosses its slowest link."""
+        if self.group == 1:
+            return 0.0
+        inside = self.group * self.stride <= hardware.ranks_per_node
+        bandwidth = hardware.intra_bandwidth if inside else hardware.inter_bandwidth
+        return self.sent / bandwidth + self.messages * hardware.latency
+
+
+def transfers(plan: Plan) -> dict[str, Transfer]:
+    """What each rank sends in a step, under balanced routing."""
+    model, n, ep, dp = plan.model, plan.world, plan.ep, plan.world // plan.ep
+    layers, activation = len(model.moe_layers), 2 if plan.dtype == "bfloat16" else 4
+    away = (ep - 1) / ep
+    rows = 4 * layers * plan.tokens * model.top_k * model.dim * activation * away
+    counts = 8 * layers * plan.accumulation * model.num_experts * away
+    statistics = 8 * (1 + layers * (2 * model.num_experts + 3))
+    return {
+        "dispatch": Transfer(rows + counts, ep, 1, 5 * layers * plan.accumulation * (ep - 1)),
+        "dense": _gradients(4 * plan.dense_params, n, 1, plan.shard_dense, plan.accumulation),
+        "experts": _gradients(4 * plan.expert_params / ep, dp, ep, plan.shard_experts, plan.accumulation),
+        "statistics": _gradients(statistics, n, 1, False, 1),
+        "norm": _gradients(4, ep, 1, False, 1),
+    }
+
+
+def _gradients(num_bytes: float, group: int, stride: int, is_sharded: bool, accumulation: int) -> Transfer:
+    times = 3 * accumulation if is_sharded else 2
+    return Transfer(times * num_bytes * (group - 1) / group, group, stride, times * math.log2(group))
+
+
+def step_seconds(plan: Plan, hardware: Hardware) -> dict[str, float]:
+    """Seconds of the parts of a step, which follow each other."""
+    flops = plan.tokens * plan.model.flops_per_token(plan.sequence_length)
+    sent = transfers(plan)
+    dense = plan.dense_params / (plan.world if plan.shard_dense else 1)
+    experts = plan.expert_params / (plan.world if plan.shard_experts else plan.ep)
+    return {
+        "compute": flops / (hardware.peak_flops * hardware.efficiency),
+        "optimizer": _ADAMW_BYTES * (dense + experts) / hardware.memory_bandwidth,
+        "dispatch": sent["dispatch"].seconds(hardware),
+        "reduce": sum(sent[name].ring_seconds(hardware) for name in ("dense", "experts", "statistics", "norm")),
+    }
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How often nodes fail and how long what follows takes; hours and seconds."""
+
+    node_mtbf_hours: float
+    detect_seconds: float
+    restart_seconds: float
+    replace_seconds: float
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Seconds that a checkpoint stops training, that its write takes, and that a load takes."""
+
+    stall: float
+    write: float
+    load: float
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Checkpoint interval in seconds, and shares of the time that advance training."""
+
+    interval: float
+    static: float
+    elastic: float
+
+
+def checkpointing(plan: Plan, hardware: Hardware, asynchronous: bool) -> Checkpointing:
+    """Every part of the state is written once, by all nodes together; each node reads what its ranks hold."""
+    nodes = math.ceil(plan.world / hardware.ranks_per_node)
+    on_node = min(plan.world, hardware.ranks_per_node)
+    dense = plan.dense_params / (plan.world if plan.shard_dense else 1)
+    experts = plan.expert_params / (plan.world if plan.shard_experts else plan.ep)
+    copy = _STATE_BYTES * (dense + experts) / hardware.copy_bandwidth
+    write = _STATE_BYTES * plan.model.num_params() / (nodes * hardware.storage_bandwidth)
+    held = min(plan.dense_params, dense * on_node) + min(plan.expert_params, experts * on_node)
+    load = _STATE_BYTES * held / hardware.storage_bandwidth
+    return Checkpointing(copy if asynchronous else copy + write, write, load)
+
+
+def outlook(checkpoint: Checkpointing, faults: Faults, nodes: int, step: float = 0.0) -> Outlook:
+    """Goodput of `nodes` nodes that take `step` seconds a step, at the best interval."""
+    if math.isinf(faults.node_mtbf_hours):
+        return Outlook(math.inf, 1.0, 1.0)
+    mtbf = faults.node_mtbf_hours * 3600 / nodes
+    interval = max(math.sqrt(2 * checkpoint.stall * mtbf), checkpoint.write, step)
+    restart = faults.restart_seconds + checkpoint.load
+    always = interval / 2 + faults.detect_seconds + restart
+    wait = faults.replace_seconds
+    shrink = wait / nodes + restart if nodes > 1 else wait
+    static, elastic = (
+        max(0.0, 1 - checkpoint.stall / interval - (always + more) / mtbf) for more in (wait, min(wait, shrink))
+    )
+    return Outlook(interval, static, elastic)
