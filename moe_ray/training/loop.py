@@ -57,7 +57,7 @@ def train(config: Config, mesh: Mesh, data_dir: Path, report: Report) -> None:
 
 def _train(config: Config, mesh: Mesh, data_dir: Path, report: Report, stack: ExitStack) -> None:
     clock = PhaseClock(mesh.device, enabled=False)
-    model = build_sharded_model(config.model, config.train.seed, mesh, clock)
+    model = build_sharded_model(config.model, config.train.seed, mesh, clock, config.parallel)
     trainer = Trainer(config, mesh, model, build_optimizer(model, config.optim), clock)
     data = open_data(data_dir, config.data.sequence_length)
     interval = _Interval()
