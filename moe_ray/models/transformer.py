@@ -116,7 +116,7 @@ def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cp
 
 
 def materialize(part: nn.Module, device: torch.device | str) -> None:
-    """Give a module that was built on the meta device memory, in place; `Module.to_empty` imports torch.compile."""
+    """Give a module built on the meta device memory, in place; `Module.to_empty` would import torch.compile."""
     for module in part.modules():
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)

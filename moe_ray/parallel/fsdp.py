@@ -32,7 +32,7 @@ class ShardingAxes:
 
 
 def sharding_axes(parallel: ParallelConfig, mesh: Mesh) -> ShardingAxes:
-    """What the settings come to in this world: of one rank, or of one copy of the experts, nothing can be sharded."""
+    """What the settings come to in this world, where there may be one rank or one copy of the experts only."""
     device = mesh.device.type
     dense = experts = None
     if parallel.shard_dense and mesh.world_size > 1:

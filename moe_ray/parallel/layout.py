@@ -71,8 +71,22 @@ def _shard(tensor: Tensor, first_expert: int | None, mesh: Mesh) -> Shard:
     if isinstance(tensor, DTensor):
         dim, begin = _begin_of_part(tensor)
         offset[dim] += begin
-        tensor, copy, copies = tensor.detach().to_local(), 0, 1
+        tensor, copy, copies = tensor.to_local().detach(), 0, 1
     return Shard(tensor, tuple(offset), tuple(shape), copy, copies)
+
+
+@torch.no_grad()
+def copy_weights(source: Transformer, target: Transformer, mesh: Mesh) -> None:
+    """Copy all parameters and buffers of a model that FSDP2 does not shard into one that it may shard, in place.
+
+    Args:
+        source: with the same share of the experts.
+    """
+    whole = model_shards(source, mesh)
+    for name, shard in model_shards(target, mesh).items():
+        begins = (mine - theirs for mine, theirs in zip(shard.offset, whole[name].offset, strict=True))
+        box = tuple(slice(begin, begin + n) for begin, n in zip(begins, shard.local.shape, strict=True))
+        shard.local.copy_(whole[name].local[box])
 
 
 def _begin_of_part(tensor: DTensor) -> tuple[int, int]:

@@ -22,7 +22,6 @@ from moe_ray.config import Config
 from moe_ray.data.batches import MicroBatch, micro_batches, train_batch
 from moe_ray.data.reader import TokenData, open_data
 from moe_ray.errors import MoeRayError, TrainingError
-from moe_ray.models.hf.upcycle import load_start
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.parallel.shard import build_sharded_model
 from moe_ray.telemetry.clock import PhaseClock
@@ -30,6 +29,7 @@ from moe_ray.telemetry.run_log import append_metrics, drop_metrics_after
 from moe_ray.training.held_out import held_out_batches, validation_metrics
 from moe_ray.training.optimizer import build_optimizer, learning_rate
 from moe_ray.training.resume import check_data, only_writer, start_sidecars
+from moe_ray.training.start import start_weights
 from moe_ray.training.step import StepResult, Trainer, evaluate, train_step
 
 _logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def _resume(trainer: Trainer, data: TokenData, stack: ExitStack) -> int:
         load_optimizer(path, manifest, trainer.model, trainer.optimizer)
         _logger.info("resumed from %s", path)
     else:
-        load_start(trainer.model, trainer.config.train.seed)
+        start_weights(trainer)
     return step
 
 
