@@ -142,7 +142,7 @@ def predict_all(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for hours in arguments.node_mtbf_hours:
         faults = Faults(hours, detect, arguments.restart_seconds, arguments.replace_seconds)
         plans = [plan_for(config, world, arguments.accumulation) for world in WORLDS]
-        table = [predict(plan, hardware, faults, config.checkpoint.asynchronous) for plan in plans]
+        table = [predict(plan, hardware, faults, config.checkpoint.overlap_steps > 0) for plan in plans]
         print(f"\none failure in {hours:,.0f} node hours")
         print_predictions(table)
         rows += [row | {"node_mtbf_hours": hours} for row in table]

@@ -208,6 +208,10 @@ class ModelConfig(Section):
         """Parameters of the whole model; tied embeddings count once. Buffers, such as expert biases, do not."""
         return self._params(self.num_experts)
 
+    def num_expert_params(self) -> int:
+        """Parameters of all routed experts; `num_params` counts them too."""
+        return self.num_params() - self._params(0)
+
     def num_active_params(self) -> int:
         """Parameters that one token uses: all of `num_params` but the experts that it is not routed to."""
         return self._params(self.top_k)

@@ -110,12 +110,14 @@ def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cp
     """A model with initial weights, in float32."""
     with torch.device("meta"):
         model = Transformer(config)
-    return init_weights(materialize(model, device), seed)
+    materialize(model, device)
+    init_weights(model, config, seed)
+    return model
 
 
-def materialize(model: Transformer, device: torch.device | str) -> Transformer:
-    """Give a model that was built on the meta device memory, in place; `Module.to_empty` imports torch.compile."""
-    for module in model.modules():
+def materialize(part: nn.Module, device: torch.device | str) -> None:
+    """Give a module built on the meta device memory, in place; `Module.to_empty` would import torch.compile."""
+    for module in part.modules():
         for name, parameter in module.named_parameters(recurse=False):
             empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             setattr(module, name, nn.Parameter(empty))
@@ -123,20 +125,23 @@ def materialize(model: Transformer, device: torch.device | str) -> Transformer:
             # Values that nobody sets show, those of floating point at least.
             fill = math.nan if buffer.is_floating_point() else 0
             setattr(module, name, torch.full(buffer.shape, fill, dtype=buffer.dtype, device=device))
-    return model
 
 
 @torch.no_grad()
-def init_weights(model: Transformer, seed: int) -> Transformer:
+def init_weights(part: nn.Module, config: ModelConfig, seed: int, prefix: str = "") -> None:
     """Initialise each tensor from the seed, its name and, for experts, their global index.
 
-    So the same seed gives the same model however the experts are sharded. Matrices are normal with
-    `init_std`; those that write to the residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2).
-    Norms are ones; biases and attention sinks zeros.
+    So the same seed gives the same model however the experts are sharded, as a whole or part by part. Matrices
+    are normal with `init_std`; those that write to the residual stream are scaled by 1 / sqrt(2 * num_layers)
+    (GPT-2). Norms are ones; biases and attention sinks zeros.
+
+    Args:
+        part: the model, or the module of it that is named `prefix`.
     """
-    std = model.config.init_std
-    residual_std = std / math.sqrt(2 * model.config.num_layers)
-    for module_name, module in model.named_modules():
+    std = config.init_std
+    residual_std = std / math.sqrt(2 * config.num_layers)
+    named_modules = list(part.named_modules(prefix=prefix))
+    for module_name, module in named_modules:
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}"
             scale = residual_std if module_name.endswith(("wo", "w_out")) or name == "w_out_eDF" else std
@@ -149,11 +154,10 @@ def init_weights(model: Transformer, seed: int) -> Transformer:
                     _normal_(weight, scale, f"{seed}/{full_name}/{module.first_expert + local}")
             else:
                 _normal_(parameter, scale, f"{seed}/{full_name}")
-    for module_name, module in model.named_modules():
+    for module_name, module in named_modules:
         if isinstance(module, Router):
             module.init_state(f"{seed}/{module_name}")
-            _check_buffers(module, model.config.router)
-    return model
+            _check_buffers(module, config.router)
 
 
 def _check_buffers(router: Router, name: str) -> None:

@@ -1,10 +1,13 @@
 """Where each tensor of the training state lies: which part of the whole this rank holds, and who else holds it."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Placement
 
 from moe_ray.models.experts import GroupedExperts
 from moe_ray.models.transformer import Transformer
@@ -33,10 +36,7 @@ class Shard:
 def model_shards(model: Transformer, mesh: Mesh) -> dict[str, Shard]:
     """Parameters and buffers by their names in the state dict."""
     experts = _expert_parameters(model)
-    return {
-        name: _expert_shard(tensor, experts[name], mesh) if name in experts else _copied(tensor, mesh)
-        for name, tensor in model.state_dict().items()
-    }
+    return {name: _shard(tensor, experts.get(name), mesh) for name, tensor in model.state_dict().items()}
 
 
 def optimizer_shards(model: Transformer, optimizer: torch.optim.Optimizer, mesh: Mesh) -> dict[str, Shard]:
@@ -45,9 +45,8 @@ def optimizer_shards(model: Transformer, optimizer: torch.optim.Optimizer, mesh:
     shards = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
-            is_expert = name in experts and value.ndim > 0
-            shard = _expert_shard(value, experts[name], mesh) if is_expert else _copied(value, mesh)
-            shards[f"{name}.{key}"] = shard
+            first_expert = experts.get(name) if value.ndim else None
+            shards[f"{name}.{key}"] = _shard(value, first_expert, mesh)
     return shards
 
 
@@ -62,13 +61,40 @@ def init_optimizer_state(optimizer: torch.optim.AdamW) -> None:
             }
 
 
-def _copied(tensor: Tensor, mesh: Mesh) -> Shard:
-    return Shard(tensor, (0,) * tensor.ndim, tuple(tensor.shape), mesh.rank, mesh.world_size)
+def _shard(tensor: Tensor, first_expert: int | None, mesh: Mesh) -> Shard:
+    """Place a tensor that is whole, stacked over the experts from `first_expert` on, or sharded by FSDP2."""
+    offset, shape = [0] * tensor.ndim, list(tensor.shape)
+    copy, copies = mesh.rank, mesh.world_size
+    if first_expert is not None:
+        offset[0], shape[0] = first_expert, shape[0] * mesh.ep
+        copy, copies = mesh.dp_rank, mesh.dp
+    if isinstance(tensor, DTensor):
+        dim, begin = _begin_of_part(tensor)
+        offset[dim] += begin
+        tensor, copy, copies = tensor.to_local().detach(), 0, 1
+    return Shard(tensor, tuple(offset), tuple(shape), copy, copies)
 
 
-def _expert_shard(tensor: Tensor, first_expert: int, mesh: Mesh) -> Shard:
-    offset = (first_expert, *(0,) * (tensor.ndim - 1))
-    return Shard(tensor, offset, (tensor.shape[0] * mesh.ep, *tensor.shape[1:]), mesh.dp_rank, mesh.dp)
+@torch.no_grad()
+def copy_weights(source: Transformer, target: Transformer, mesh: Mesh) -> None:
+    """Copy all parameters and buffers of a model that FSDP2 does not shard into one that it may shard, in place.
+
+    Args:
+        source: with the same share of the experts.
+    """
+    whole = model_shards(source, mesh)
+    for name, shard in model_shards(target, mesh).items():
+        begins = (mine - theirs for mine, theirs in zip(shard.offset, whole[name].offset, strict=True))
+        box = tuple(slice(begin, begin + n) for begin, n in zip(begins, shard.local.shape, strict=True))
+        shard.local.copy_(whole[name].local[box])
+
+
+def _begin_of_part(tensor: DTensor) -> tuple[int, int]:
+    """The dim that is cut, and where this rank's part begins: all but the last parts are of equal size."""
+    (placement,) = tensor.placements
+    assert isinstance(placement, Placement)
+    size, parts = tensor.shape[placement.dim], tensor.device_mesh.size()
+    return placement.dim, min(tensor.device_mesh.get_local_rank() * math.ceil(size / parts), size)
 
 
 def _expert_parameters(model: nn.Module) -> dict[str, int]:

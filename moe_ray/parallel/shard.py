@@ -1,30 +1,44 @@
-"""Spread the experts of a built model over the `ep` axis."""
+"""Build the model of one rank: its share of the experts, and of each parameter where FSDP2 shards them."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from moe_ray.config import ModelConfig
+from moe_ray.config import ModelConfig, ParallelConfig
 from moe_ray.models.experts import GroupedExperts
-from moe_ray.models.transformer import Transformer, init_weights, materialize
+from moe_ray.models.transformer import Block, Transformer, init_weights, materialize
 from moe_ray.parallel.dispatcher import AllToAllDispatcher
+from moe_ray.parallel.fsdp import shard_block, shard_root, sharding_axes
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.telemetry.clock import PhaseClock
 
+_REPLICATED = ParallelConfig()
+
 
 def build_sharded_model(
-    config: ModelConfig, seed: int, mesh: Mesh, clock: PhaseClock, buffer_factor: float | None = None
+    config: ModelConfig, seed: int, mesh: Mesh, clock: PhaseClock, parallel: ParallelConfig = _REPLICATED
 ) -> Transformer:
-    """A model that holds this rank's share of the experts, with the weights that one process would have.
+    """A model that holds this rank's share of the parameters, with the weights that one process would have.
 
-    No rank ever holds more than its share: the model is cut before memory is allocated.
+    No rank ever holds more than its share, the embeddings and one block of its experts: the model is cut before
+    memory is allocated, and sharded part by part.
 
     Args:
-        buffer_factor: as in `shard_experts`.
+        parallel: says with `shard_dense` and `shard_experts` what FSDP2 shards, and with `dispatch_buffer_factor`
+            which activations of the experts are kept.
     """
     with torch.device("meta"):
         model = Transformer(config)
-    shard_experts(model, mesh, clock, buffer_factor)
-    return init_weights(materialize(model, mesh.device), seed)
+    shard_experts(model, mesh, clock, parallel.dispatch_buffer_factor)
+    axes = sharding_axes(parallel, mesh)
+    for name, part in _parts(model):
+        materialize(part, mesh.device)
+        init_weights(part, config, seed, name)
+        if isinstance(part, Block):
+            shard_block(part, axes)
+    shard_root(model, axes)
+    return model
 
 
 def shard_experts(model: Transformer, mesh: Mesh, clock: PhaseClock, buffer_factor: float | None = None) -> None:
@@ -55,3 +69,12 @@ def expert_parameter_names(model: nn.Module) -> frozenset[str]:
         if isinstance(module, GroupedExperts)
         for name, _ in module.named_parameters()
     )
+
+
+def _parts(model: Transformer) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks and what lies beside them; together all of the model."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList):
+            yield from ((f"{name}.{index}", part) for index, part in child.named_children())
+        else:
+            yield name, child

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.train import ControllerError, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, get_device
 
@@ -22,6 +23,7 @@ from moe_ray.errors import ConfigError, TrainingError
 from moe_ray.models.hf.resolve import resolve_model
 from moe_ray.models.moe import make_router
 from moe_ray.parallel.mesh import build_mesh
+from moe_ray.parallel.plan import describe, plan_mesh, worker_memory
 from moe_ray.storage import Storage, open_storage
 from moe_ray.storage.lease import fence, hold
 from moe_ray.telemetry.logs import setup_logging
@@ -166,12 +168,23 @@ def _worker(arguments: dict[str, Any]) -> Ended:
     set_threads(config.parallel.cpus_per_worker)
     device = get_device() if config.parallel.use_gpu else torch.device("cpu")
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
-    world = ray.train.get_context().get_world_size()
-    ep = config.parallel.ep if isinstance(config.parallel.ep, int) else world
-    mesh = build_mesh(
-        max(d for d in range(1, ep + 1) if math.gcd(world, config.model.num_experts) % d == 0), device
-    )
+    context = ray.train.get_context()
+    memory = _worker_memory(config.parallel, device, context.get_local_world_size())
+    plan = plan_mesh(config, context.get_world_size(), memory)
+    if context.get_world_rank() == 0:
+        _logger.info("%s", describe(plan))
+    mesh = build_mesh(plan.ep, device)
     return train(config, mesh, Path(arguments["data_dir"]), _report, lambda: fence(run, arguments["lease"]))
+
+
+def _worker_memory(parallel: ParallelConfig, device: torch.device, local_world: int) -> int | None:
+    """Bytes that planning counts on, equal on all ranks; they plan alike only if they know alike."""
+    if parallel.memory_gib is not None:
+        return int(parallel.memory_gib * 2**30)
+    memory = torch.tensor(worker_memory(device, local_world) or 0, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(memory, dist.ReduceOp.MIN)
+    return int(memory) or None
 
 
 def _report(metrics: dict[str, Any]) -> None:

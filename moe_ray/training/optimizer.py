@@ -1,8 +1,12 @@
 """AdamW with decay on matrices only, its learning-rate schedule, and what moves with each of its steps."""
 
 import math
+from collections import defaultdict
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from moe_ray.config import OptimConfig
 from moe_ray.models.top_k_router import TopKRouter
@@ -15,12 +19,22 @@ def build_optimizer(model: Transformer, optim: OptimConfig) -> torch.optim.AdamW
     Before each of its steps the expert biases move by the load in `load_fraction_E`, which is that of the global
     batch (Wang et al. 2024): summed over the world and over accumulation, so that all ranks agree.
     """
-    is_matrix = {name: p.ndim >= 2 and not name.rpartition(".")[2].startswith("b_") for name, p in _named(model)}
-    groups = [
-        {"params": [p for name, p in _named(model) if is_matrix[name]], "weight_decay": optim.weight_decay},
-        {"params": [p for name, p in _named(model) if not is_matrix[name]], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    groups: dict[tuple[bool, DeviceMesh | None], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and not name.rpartition(".")[2].startswith("b_")
+        # A fused kernel takes only tensors that are sharded over the same ranks.
+        axis = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        groups[is_matrix, axis].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": parameters, "weight_decay": optim.weight_decay if is_matrix else 0.0}
+            for (is_matrix, _), parameters in groups.items()
+        ],
+        lr=optim.lr,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        fused=True,
+    )
     routers = [moe.router for moe in model.moe_modules() if isinstance(moe.router, TopKRouter)]
 
     def update_expert_biases(*_: object) -> None:
@@ -30,10 +44,6 @@ def build_optimizer(model: Transformer, optim: OptimConfig) -> torch.optim.AdamW
     if any(router.expert_bias_E is not None for router in routers):
         optimizer.register_step_pre_hook(update_expert_biases)
     return optimizer
-
-
-def _named(model: Transformer) -> list[tuple[str, torch.nn.Parameter]]:
-    return list(model.named_parameters())
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:

@@ -21,12 +21,12 @@ from moe_ray.checkpoint.load import files_for, load_shards
 from moe_ray.checkpoint.manifest import FileKind, Manifest
 from moe_ray.data.reader import TokenData
 from moe_ray.errors import ANOTHER_RANK, CheckpointError, MoeRayError, TrainingError
-from moe_ray.models.hf.upcycle import load_start
 from moe_ray.parallel.layout import Shard, model_shards, optimizer_shards
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.storage import Storage
 from moe_ray.telemetry.run_log import drop_metrics_after, read_metrics
 from moe_ray.training.resume import check_data
+from moe_ray.training.start import start_weights
 from moe_ray.training.step import Trainer
 
 _logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def restore(trainer: Trainer, run: Storage, data: TokenData) -> Restored:
     if steps and not step:
         raise all_damaged(run, len(steps))
     if not step:
-        load_start(trainer.model, trainer.config.train.seed)
+        start_weights(trainer)
     redone = 0
 
     def forget() -> None:

@@ -23,6 +23,7 @@ from moe_ray.models.losses import (
 )
 from moe_ray.models.router import Routing
 from moe_ray.models.transformer import Transformer
+from moe_ray.parallel.fsdp import predict
 from moe_ray.parallel.grads import clip_gradients, reduce_gradients
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.telemetry.clock import PhaseClock
@@ -198,8 +199,7 @@ def _forward(
 ) -> tuple[Tensor, tuple[Routing, ...]]:
     """Logits_TV and the routings of a micro-batch, computed in `dtype`."""
     with torch.autocast(mesh.device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-        output = model(batch.tokens_BS.to(mesh.device, non_blocking=True))
-        return model.logits(output.hidden_BSD.flatten(0, 1)), output.routings
+        return predict(model, batch.tokens_BS.to(mesh.device, non_blocking=True))
 
 
 def _tokens_per_step(config: Config) -> int:
