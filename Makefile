@@ -71,6 +71,7 @@ format: install
 bench: install
 	$(BIN)/python benchmarks/moe_layer.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/memory.py
 
 # The versions that `install` gets. Local parts such as +cpu are dropped: which build of torch fits, the machine tells.
 constraints: install

@@ -234,7 +234,7 @@ def one_rank_of_memory(rank: int, cases: list[Case]) -> None:
         if case.config.model.num_experts % mesh.world_size == 0:
             assert held == predicted, case.name
         elif rank == 0:
-            # 3 divides no rows of dense tensors, nor 4 those of a router of 2: the first rank holds what is left over.
+            # The world does not divide the rows of all tensors, and the first rank holds what is left over.
             assert predicted <= held <= 1.1 * predicted, f"{case.name}: {held} bytes, planned {predicted}"
 
 
