@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import os
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -143,8 +144,14 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if "://" in self.storage:
+        scheme, separator, _ = self.storage.partition("://")
+        if separator and scheme in ("s3", "gs"):
             return self
+        if separator:
+            raise ConfigError(
+                f"train.storage={self.storage!r} has the unknown scheme {scheme!r}.",
+                "give a path such as ~/moe_ray, s3://bucket/folder or gs://bucket/folder.",
+            )
         expanded = os.path.expanduser(self.storage)
         if not self.storage or "\0" in self.storage or expanded.startswith("~"):
             raise ConfigError(
@@ -345,9 +352,7 @@ def _explain(error: ValidationError) -> ConfigError:
     """One line a problem, each with the nearest valid key or what is allowed."""
     problems, fixes = [], []
     # A field of several types has a problem for each; the first says enough.
-    items = {
-        ".".join(str(part) for part in item["loc"][:2]): item for item in error.errors(include_url=False)[::-1]
-    }
+    items = {_key(item["loc"]): item for item in reversed(error.errors(include_url=False))}
     for key, item in reversed(items.items()):
         if item["type"] == "extra_forbidden":
             problems.append(f"unknown setting {key!r}.")
@@ -360,6 +365,11 @@ def _explain(error: ValidationError) -> ConfigError:
             problems.append(f"{key}={item['input']!r} is not allowed: {item['msg'][0].lower()}{item['msg'][1:]}.")
             fixes.append(f"{key} is {_describe(key)}.")
     return ConfigError(" ".join(problems), " ".join(fixes))
+
+
+def _key(location: Sequence[str | int]) -> str:
+    """The field at fault; what follows its name tells which of its types or items."""
+    return ".".join(takewhile(str.isidentifier, map(str, location)))
 
 
 def setting_names() -> Iterator[str]:

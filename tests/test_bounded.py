@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moe_ray.config import ModelConfig
+from moe_ray.config import ModelConfig, ParallelConfig
 from moe_ray.models.experts import GroupedExperts
 from moe_ray.models.moe import MoE
 from moe_ray.models.router import Routing
@@ -25,6 +25,7 @@ from moe_ray.telemetry.clock import PhaseClock
 from tests.worlds import run_world
 
 DIM, HIDDEN = 16, 24
+_UNBOUNDED = 1000.0
 ACTIVATIONS = ("swiglu", "swigluoai", "geglu", "gelu", "relu", "relu2")
 COUNTS = {
     "uneven": [7, 0, 13, 1, 0],
@@ -169,7 +170,8 @@ def step(model: Transformer, tokens_BS: Tensor) -> dict[str, Tensor]:
 
 def one_rank(rank: int, shares: list[int], experts: int, factor: float | None, out_dir: Path) -> None:
     mesh = build_mesh(len(shares))
-    model = build_sharded_model(MODEL, 0, mesh, PhaseClock(mesh.device), factor)
+    parallel = ParallelConfig(dispatch_buffer_factor=factor or _UNBOUNDED)
+    model = build_sharded_model(MODEL, 0, mesh, PhaseClock(mesh.device), parallel)
     send_to(model, experts)
     kept = []
 

@@ -36,7 +36,7 @@ from moe_ray.errors import ConfigError
         ("serve.min_replicas=20", "serve.min_replicas=20 is more than serve.max_replicas=16"),
         ("serve.max_context=4096", "serve.max_context=4096 is longer"),
         ("train.name=../elsewhere", "train.name='../elsewhere'"),
-        ("train.storage=s3://bucket/x", "train.storage='s3://bucket/x' is a URL"),
+        ("train.storage=ftp://host/x", "train.storage='ftp://host/x' has the unknown scheme 'ftp'"),
         ("train.steps", "'train.steps' is not section.field=value"),
         ("train=5", "'train=5' is not section.field=value"),
         ("train.name=[", "holds no YAML value"),

@@ -41,13 +41,13 @@ def build_sharded_model(
     return model
 
 
-def shard_experts(model: Transformer, mesh: Mesh, clock: PhaseClock, buffer_factor: float | None = None) -> None:
+def shard_experts(model: Transformer, mesh: Mesh, clock: PhaseClock, buffer_factor: float) -> None:
     """Keep this rank's slice of each expert tensor and dispatch by all-to-all. In place; `ep` = 1 changes nothing.
 
     `config` has made sure that `ep` divides the experts.
 
     Args:
-        buffer_factor: rows whose hidden activations a rank keeps, over the balanced share; None: all.
+        buffer_factor: rows whose hidden activations a rank keeps, over the balanced share.
     """
     if mesh.ep_group is None:
         return

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import ray
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckTimeoutError
-from ray.train.v2._internal.execution.callback import ReportCallback
+from ray.train.v2._internal.execution.callback import ReportCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -169,6 +169,13 @@ class RetryPolicy(FailurePolicy, ReportCallback):
         return FailureDecision.RETRY if retry else FailureDecision.RAISE
 
 
+class _TakeNotice(WorkerGroupCallback):
+    """SIGTERM is a notice from a worker's first step on."""
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        worker_group.execute(restart_on_sigterm)
+
+
 class ElasticController(TrainController):
     """Runs on the driver's node as an actor, for as long as the driver lives."""
 
@@ -184,7 +191,7 @@ class ElasticController(TrainController):
         )
         retry = RetryPolicy(train_run_context.run_config.failure_config, config, self._events)
         rest |= {"scaling_policy": self._policy, "failure_policy": retry}
-        super().__init__(train_run_context=train_run_context, callbacks=[*callbacks, retry], **rest)
+        super().__init__(train_run_context=train_run_context, callbacks=[*callbacks, retry, _TakeNotice()], **rest)
 
     async def stop(self) -> None:
         """Ask the workers to save and end; without any, end at once."""
@@ -213,7 +220,6 @@ class ElasticController(TrainController):
         group = self.get_worker_group()
         assert group is not None
         self._policy.held = Counter(worker.metadata.node_id for worker in group.get_workers())
-        group.execute(restart_on_sigterm)
         self._events.add("start", f"{num_workers} workers train", workers=num_workers)
 
     def _save_before(self, num_workers: int) -> None:
