@@ -125,16 +125,9 @@ class ElasticJob:
 
     def resumed_after(self, disturb: Callable[[], object], world_size: int | None = None) -> dict[str, Any]:
         """Do something, and wait until the workers have started anew."""
-        before = self.last()
-        started = time.time()
+        before = _start_of(self.last())
         disturb()
-        return self.wait_until(
-            lambda m: (
-                m["time"] > started
-                and (m["resumed_step"] > before["resumed_step"] or m["redone_steps"] > 0)
-                and world_size in (None, m["world_size"])
-            )
-        )
+        return self.wait_until(lambda m: _start_of(m) != before and world_size in (None, m["world_size"]))
 
     def finish(self) -> list[dict[str, Any]]:
         """Wait for the end; the metrics of all steps."""
@@ -142,6 +135,11 @@ class ElasticJob:
         metrics = read_metrics(self.run_dir)
         assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
         return metrics
+
+
+def _start_of(metrics: dict[str, Any]) -> tuple[int, int]:
+    """What tells one start of the workers from the next."""
+    return metrics["resumed_step"], metrics["redone_steps"]
 
 
 def train_workers() -> list[psutil.Process]:

@@ -51,7 +51,7 @@ def undisturbed(make_settings: Callable[..., dict[str, Any]]) -> Callable[..., t
     def get(steps: int, num_experts: int = 8) -> tuple[list[dict[str, Any]], Path]:
         if (steps, num_experts) not in made:
             settings = make_settings(f"undisturbed-{steps}-{num_experts}", steps, num_experts)
-            config = build_config(settings, ["parallel.workers=1"])
+            config = build_config(settings, ["parallel.workers=1", "parallel.ep=1"])
             made[steps, num_experts] = run(config), config.train.run_dir
         return made[steps, num_experts]
 

@@ -5,9 +5,12 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from moe_ray.config import Config
 from moe_ray.data.prepare import prepare
 from moe_ray.parallel.mesh import build_mesh
+from moe_ray.parallel.plan import plan_mesh
 from moe_ray.telemetry.run_log import read_metrics
 from moe_ray.training.loop import train
 from tests.worlds import run_world
@@ -59,7 +62,8 @@ def tiny_settings(corpus: Path, storage: Path, name: str) -> dict[str, Any]:
 
 def rank_main(rank: int, config: Config, data_dir: Path) -> None:
     """One rank of a training run, without Ray."""
-    train(config, build_mesh(int(config.parallel.ep)), data_dir, lambda metrics: None)
+    plan = plan_mesh(config, dist.get_world_size(), memory_bytes=None)
+    train(config, build_mesh(plan.ep), data_dir, lambda metrics: None)
 
 
 def run(config: Config) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from moe_ray.training.held_out import held_out_batches, validation_metrics
 from moe_ray.training.measure import Interval, numbers, sample_checksum, step_metrics, wrap_checksum
 from moe_ray.training.optimizer import build_optimizer, learning_rate
 from moe_ray.training.requests import Request, answered, asked, heaviest
-from moe_ray.training.restore import Restored, restore
+from moe_ray.training.restore import restore
 from moe_ray.training.resume import small_files
 from moe_ray.training.step import StepResult, Trainer, evaluate, train_step
 
@@ -69,6 +69,7 @@ def train(
         StorageError: too many checkpoints in a row could not be written.
         TrainingError: too many steps in a row were not finite.
     """
+    began = time.perf_counter()
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
     clock = PhaseClock(mesh.device, enabled=False)
     model = build_sharded_model(config.model, config.train.seed, mesh, clock, config.parallel)
@@ -79,7 +80,12 @@ def train(
     restored = restore(trainer, run, data)
     files = small_files(config, run, restored.step, data.folder / TOKENIZER)
     origin = Origin(config, run, _name_attempt(mesh), may_publish, data.index.digest, files)
-    loop = _Loop(trainer, data, run, CheckpointWriter(origin, mesh, model, optimizer), report, restored)
+    constants = {
+        "resumed_step": restored.step,
+        "redone_steps": restored.redone_steps,
+        "restore_seconds": time.perf_counter() - began,
+    }
+    loop = _Loop(trainer, data, run, CheckpointWriter(origin, mesh, model, optimizer), report, constants)
     for step in range(restored.step, config.train.steps):
         request = loop.step(step)
         if request is not None and request is not Request.SAVE:
@@ -105,13 +111,13 @@ class _Loop:
         run: Storage,
         writer: CheckpointWriter,
         report: Report,
-        restored: Restored,
+        constants: dict[str, float],
     ) -> None:
         self._trainer = trainer
         self._data = data
         self._writer = writer
         self._report = report
-        self._restored = restored
+        self._constants = constants
         self._log = RunLog(run) if trainer.mesh.rank == 0 else None
         self._interval = Interval()
         self._latest: dict[str, float] = {}
@@ -157,7 +163,7 @@ class _Loop:
         metrics["checkpoint_stall_seconds"] = self._writer.stall_seconds
         metrics["checkpoint_write_seconds"] = self._writer.write_seconds
         metrics["failed_checkpoints"] = self._failed_saves
-        metrics |= {"resumed_step": self._restored.step, "redone_steps": self._restored.redone_steps}
+        metrics |= self._constants
         if evaluates:
             metrics |= self._evaluate()
         if self._log is not None:
