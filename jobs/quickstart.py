@@ -72,7 +72,13 @@ def main(arguments: list[str]) -> None:
     defaults = [f"train.storage={ROOT / 'runs'}", f"train.name={name}"]
     # By key, the last counts; the command that is shown later needs no other.
     overrides = {item.partition("=")[0].strip(): item for item in [*defaults, *arguments[1:]]}
-    storage = Path(load_config(arguments[0], list(overrides.values())).train.storage).expanduser().resolve()
+    given = load_config(arguments[0], list(overrides.values())).train.storage
+    if "://" in given:
+        raise ConfigError(
+            f"train.storage={given!r}: the quickstart keeps its cluster with its runs.",
+            "give a folder of this disk.",
+        )
+    storage = Path(given).expanduser().resolve()
     # The job runs in another folder, from which a relative path leads elsewhere.
     overrides["train.storage"] = f"train.storage={storage}"
     config = resolve_model(load_config(arguments[0], list(overrides.values())))

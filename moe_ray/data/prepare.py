@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +73,14 @@ class _Inputs:
 def _folder(config: Config, fingerprint: str) -> Path:
     if config.data.path is not None:
         return Path(config.data.path).expanduser().resolve()
-    return (Path(config.train.storage).expanduser() / "data" / fingerprint).resolve()
+    return (_local_root(config.train.storage) / "data" / fingerprint).resolve()
+
+
+def _local_root(storage: str) -> Path:
+    """The folder of all runs, or for runs in an object store one of this machine."""
+    if "://" not in storage:
+        return Path(storage).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe_ray"
 
 
 def _find_inputs(config: Config) -> _Inputs:

@@ -8,13 +8,12 @@ Shapes: B sequences, S tokens of each, T tokens (B*S), D model dim, V vocabulary
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import Shard
 
 from moe_ray.config import ParallelConfig
 from moe_ray.models.experts import GroupedExperts
@@ -50,16 +49,14 @@ def shard_block(block: nn.Module, axes: ShardingAxes) -> None:
             if isinstance(module, GroupedExperts):
                 _shard_experts(module, axes.experts)
     if axes.dense is not None:
-        fully_shard(block, mesh=axes.dense, reshard_after_forward=True, ignored_params=_plain_experts(block))
-        _sum_gradients(block)
+        _fully_shard(block, mesh=axes.dense, reshard_after_forward=True, ignored_params=_plain_experts(block))
 
 
 def shard_root(model: Transformer, axes: ShardingAxes) -> None:
     """Shard what belongs to no block: embedding, last norm and head. All blocks have been sharded before."""
     if axes.dense is not None:
         # They are used last in the forward pass and first in the backward: `predict` frees them where none comes.
-        fully_shard(model, mesh=axes.dense, reshard_after_forward=False, ignored_params=_plain_experts(model))
-        _sum_gradients(model)
+        _fully_shard(model, mesh=axes.dense, reshard_after_forward=False, ignored_params=_plain_experts(model))
 
 
 def predict(model: Transformer, tokens_BS: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
@@ -70,8 +67,8 @@ def predict(model: Transformer, tokens_BS: Tensor) -> tuple[Tensor, tuple[Routin
     """
     output = model(tokens_BS)
     logits_TV = model.logits(output.hidden_BSD.flatten(0, 1))
-    if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
-        model.reshard()
+    if _is_sharded(model) and not torch.is_grad_enabled():
+        model.reshard()  # ty: ignore
     return logits_TV, output.routings
 
 
@@ -84,13 +81,14 @@ def expert_shard_dim(shape: torch.Size, parts: int) -> int:
 
 
 def _shard_experts(experts: GroupedExperts, axis: DeviceMesh) -> None:
-    fully_shard(
+    from torch.distributed.tensor import Shard
+
+    _fully_shard(
         experts,
         mesh=axis,
         reshard_after_forward=True,
         shard_placement_fn=lambda parameter: Shard(expert_shard_dim(parameter.shape, axis.size())),
     )
-    _sum_gradients(experts)
 
 
 def _plain_experts(module: nn.Module) -> set[nn.Parameter]:
@@ -98,14 +96,21 @@ def _plain_experts(module: nn.Module) -> set[nn.Parameter]:
     return {
         parameter
         for experts in module.modules()
-        if isinstance(experts, GroupedExperts) and not isinstance(experts, FSDPModule)
+        if isinstance(experts, GroupedExperts) and not _is_sharded(experts)
         for parameter in experts.parameters()
     }
 
 
-def _sum_gradients(module: nn.Module) -> None:
-    """The loss is a sum over local tokens divided by the global token count: FSDP's average would be too small."""
-    assert isinstance(module, FSDPModule)
+def _is_sharded(module: nn.Module) -> bool:
+    return hasattr(module, "reshard")
+
+
+def _fully_shard(part: nn.Module, **how: Any) -> None:
+    """Shard, and sum gradients: the loss is a sum over local tokens divided by the global token count."""
+    # Half a second, which a restart without FSDP2 need not wait for.
+    from torch.distributed.fsdp import fully_shard
+
+    module: Any = fully_shard(part, **how)
     module.set_gradient_divide_factor(1.0)
     module.set_force_sum_reduction_for_comms(True)
     # Which parameters take part may depend on the micro-batch, but all ranks must exchange the same ones.

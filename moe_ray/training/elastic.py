@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moe_ray.config import Config, build_config
 from moe_ray.errors import MoeRayError, StorageError
+from moe_ray.parallel.plan import best_world
 from moe_ray.storage import open_storage
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.run_log import EVENTS, RunLog
@@ -67,6 +68,7 @@ class WorldPolicy(ElasticScalingPolicy):
         super().__init__(scaling_config)
         self.save_only = save_only
         self.held: Mapping[str, int] = {}
+        self._config = config
         self._parallel = config.parallel
         self._events = events
         self._per_worker = scaling_config._resources_per_worker_not_none
@@ -120,7 +122,10 @@ class WorldPolicy(ElasticScalingPolicy):
         return self._resize(count) if count > current else NoopDecision()
 
     def _count(self, probe: bool = False) -> int:
-        return min(count_slots(self._per_worker, self.held, probe=probe), self._parallel.max_workers)
+        room = min(count_slots(self._per_worker, self.held, probe=probe), self._parallel.max_workers)
+        if room < self._parallel.min_workers or self._parallel.memory_gib is None:
+            return room
+        return best_world(self._config, room, int(self._parallel.memory_gib * 2**30))
 
     def _resize(self, count: int) -> ResizeDecision:
         return ResizeDecision(num_workers=count, resources_per_worker=self._per_worker)

@@ -19,6 +19,7 @@ from moe_ray.config import Config, ModelConfig, ParallelConfig, build_config, to
 from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.data.prepare import prepare
 from moe_ray.data.shards import read_index
+from moe_ray.data.share import obtain, share
 from moe_ray.errors import ConfigError, TrainingError
 from moe_ray.models.hf.resolve import resolve_model
 from moe_ray.models.moe import make_router
@@ -62,6 +63,8 @@ def _run(config: Config, run: Storage, lease: str) -> int:
         if found.step >= config.train.steps and is_whole(run, found):
             _logger.info("run %s already has %d steps; nothing to do", run.uri, found.step)
             return found.step
+    if run.local is None:
+        share(data_dir, open_storage(config.train.storage, config.checkpoint.retry_seconds))
     run.write("config.yaml", to_yaml(config).encode())
     _set_ray_train_defaults(config.parallel)
     connect(config.parallel)
@@ -141,6 +144,7 @@ def _trainer(config: Config, data_dir: Path, lease: str, scratch: str) -> Elasti
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "data_dir": str(data_dir),
+            "data_digest": read_index(data_dir).digest,
             "lease": lease,
         },
         torch_config=TorchConfig(
@@ -174,7 +178,11 @@ def _worker(arguments: dict[str, Any]) -> Ended:
     if context.get_world_rank() == 0:
         _logger.info("%s", describe(plan))
     mesh = build_mesh(plan.ep, device)
-    return train(config, mesh, Path(arguments["data_dir"]), _report, lambda: fence(run, arguments["lease"]))
+    data_dir = Path(arguments["data_dir"])
+    if run.local is None:
+        store = open_storage(config.train.storage, config.checkpoint.retry_seconds)
+        data_dir = obtain(data_dir, arguments["data_digest"], store)
+    return train(config, mesh, data_dir, _report, lambda: fence(run, arguments["lease"]))
 
 
 def _worker_memory(parallel: ParallelConfig, device: torch.device, local_world: int) -> int | None:
