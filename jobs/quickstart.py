@@ -23,7 +23,7 @@ from cluster.job import await_job, submit, submit_command
 from cluster.local import ClusterError, LocalCluster
 from jobs.cli import exit_on_error
 from moe_ray.config import Config, describe_settings, load_config
-from moe_ray.errors import MoeRayError
+from moe_ray.errors import ConfigError, MoeRayError
 from moe_ray.models.hf.resolve import resolve_model
 
 ROOT = Path(__file__).resolve().parents[1]
