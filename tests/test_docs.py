@@ -1,4 +1,4 @@
-"""The commands and snippets of the pages on architectures and routers do what the pages say."""
+"""The commands and snippets of the pages on architectures, routers and lost workers do what the pages say."""
 
 import os
 import re
@@ -30,20 +30,49 @@ def test_snippet_prints_the_costs_of_a_model() -> None:
     assert flops > 6 * active / 2
 
 
+def run_in(folder: Path, command: str) -> str:
+    """Run a command of a page on a tiny model, with /data in `folder`; returns what it prints."""
+    settings = tiny_settings(copy_corpus(folder / "wiki"), folder / "runs", "unused")
+    settings["train"]["dtype"] = "bfloat16"
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    replacements = {
+        "jobs/configs/small.yaml": "tiny.yaml",
+        "jobs/configs/quickstart.yaml": "tiny.yaml",
+        "/data/": f"{folder}/",
+        "python jobs/": f"python {ROOT}/jobs/",
+    }
+    for old, new in replacements.items():
+        command = command.replace(old, new)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        shlex.split(command), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_train(page: str, tmp_path: Path) -> None:
-    settings = tiny_settings(copy_corpus(tmp_path), tmp_path / "runs", "unused")
-    settings["train"]["dtype"] = "bfloat16"
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "wiki").mkdir()
     (tmp_path / "cosine_router.py").write_text(blocks("routers", "python")[0])
     (command,) = blocks(page, "bash")
-    command = command.replace("jobs/configs/small.yaml", "tiny.yaml").replace("jobs/", f"{ROOT}/jobs/")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    subprocess.run(shlex.split(command), cwd=tmp_path, env=environment, check=True, timeout=200)
+    run_in(tmp_path, command)
     (run_dir,) = (tmp_path / "runs").iterdir()
     metrics = read_metrics(run_dir)
     assert metrics[-1]["step"] == 12
     assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_chaos_of_the_page_loses_nothing(tmp_path: Path) -> None:
+    train, chaos = blocks("fault-tolerance", "bash")
+    (tmp_path / "wiki").mkdir()
+    assert "step 12/12" in run_in(tmp_path, train)
+    # Faults need steps to fall between.
+    output = run_in(tmp_path, f"{chaos.strip()} train.steps=400 train.global_batch=48 train.log_every=1")
+    assert "corrupt_checkpoint" in output

@@ -51,6 +51,7 @@ def test_no_command_is_forgotten() -> None:
         ["python", "jobs/train.py"],
         ["python", "jobs/train.py"],
         ["python", "jobs/export.py"],
+        ["python", "jobs/train.py"],
         ["python", "jobs/evaluate.py"],
         ["serve", "run"],
         ["curl", "http://127.0.0.1:8000/v1/completions"],
@@ -122,13 +123,14 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_commands_in_their_order(shell: Shell) -> None:
-    prepare, train, submit, show_help, train_olmoe, export, evaluate, serve, curl = HERE
+    prepare, train, submit, show_help, train_olmoe, export, train_elastic, evaluate, serve, curl = HERE
     assert "wiki" in shell.run(prepare)
     assert "step 12/12" in shell.run(train)
     assert "succeeded" in shell.run(submit), "the same run again has nothing left to do"
     assert "train.global_batch" in shell.run(show_help)
     assert "step 12/12" in shell.run(train_olmoe)
     assert "MixtralForCausalLM" in shell.run(export)
+    assert "step 12/12" in shell.run(train_elastic)
     assert "unigram model" in shell.run(evaluate)
     # `serve run` takes port 8000 unless Serve already has another.
     shell.run(["serve", "start", "--http-port", str(shell.port)])
