@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from cluster.local import LocalCluster
-from moe_ray.checkpoint.catalog import list_checkpoints
+from moe_ray.checkpoint.catalog import list_checkpoints, read_manifest
 from moe_ray.telemetry.run_log import read_metrics
 from tests.conftest import RayCluster
 from tests.tiny import copy_corpus, tiny_settings
@@ -84,12 +84,12 @@ def undisturbed(job: Job) -> list[float]:
 
 
 @pytest.fixture
-def running(job: Job) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+def running(job: Job) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts a long run and returns once it has passed step 5; kills its driver at the end."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(name: str) -> subprocess.Popen[str]:
-        process = job.start(f"train.name={name}", "checkpoint.every=2", "checkpoint.keep_last=99")
+    def start(name: str, *overrides: str) -> subprocess.Popen[str]:
+        process = job.start(f"train.name={name}", "checkpoint.every=2", "checkpoint.keep_last=99", *overrides)
         started.append(process)
         while len(read_metrics(job.storage / name)) < 5:
             assert process.poll() is None, process.communicate()[0]
@@ -114,7 +114,7 @@ def test_undisturbed_run_learns(undisturbed: list[float]) -> None:
 
 
 def test_run_goes_on_when_a_worker_is_killed(
-    job: Job, undisturbed: list[float], running: Callable[[str], subprocess.Popen[str]]
+    job: Job, undisturbed: list[float], running: Callable[..., subprocess.Popen[str]]
 ) -> None:
     process = running("worker-killed")
     victims = train_workers()
@@ -130,7 +130,7 @@ def test_run_goes_on_when_a_worker_is_killed(
 
 
 def test_killed_driver_resumes(
-    job: Job, undisturbed: list[float], running: Callable[[str], subprocess.Popen[str]]
+    job: Job, undisturbed: list[float], running: Callable[..., subprocess.Popen[str]]
 ) -> None:
     process = running("driver-killed")
     process.kill()
@@ -139,6 +139,26 @@ def test_killed_driver_resumes(
     code, output = job.run("train.name=driver-killed")
     assert code == 0, output
     assert job.losses("driver-killed") == pytest.approx(undisturbed, rel=1e-4)
+
+
+def test_sigterm_saves_the_step_and_a_second_job_is_refused_meanwhile(
+    job: Job, undisturbed: list[float], running: Callable[..., subprocess.Popen[str]]
+) -> None:
+    process = running("ended", "train.steps=400", "train.global_batch=48")
+    code, refusal = job.run("train.name=ended", "train.global_batch=48")
+    assert code == 2, refusal
+    assert re.search(r"ended' is being trained by another job \(host \S+, process \d+", refusal), refusal
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    (step,) = re.findall(
+        r"^error: a signal ended the run after step (\d+) of 400; that step is saved", output, re.M
+    )
+    assert read_manifest(list_checkpoints(job.storage / "ended")[-1]).step == int(step)
+    code, output = job.run("train.name=ended", "train.global_batch=48", f"train.steps={int(step) + 4}")
+    assert code == 0, output
+    last = read_metrics(job.storage / "ended")[-1]
+    assert (last["resumed_step"], last["redone_steps"]) == (int(step), 0)
 
 
 @pytest.fixture
