@@ -28,7 +28,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moe_ray.config import Config, build_config
-from moe_ray.errors import MoeRayError, StorageError
+from moe_ray.errors import MoeRayError, StorageError, TrainingError
 from moe_ray.parallel.plan import best_world
 from moe_ray.storage import open_storage
 from moe_ray.telemetry.logs import setup_logging
@@ -41,6 +41,17 @@ _logger = logging.getLogger(__name__)
 _SETTLE_SECONDS = 2.0
 _KILL_SECONDS = 5.0
 _WAITING_LOG_SECONDS = 30.0
+# What a worker raises for a mistake in code, such as that of a router of the user's own: no restart mends it.
+_BUGS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    TypeError,
+    ValueError,
+)
 
 
 class Events:
@@ -75,10 +86,26 @@ class WorldPolicy(ElasticScalingPolicy):
         self._seen = (-1, 0.0)
         self._told_at = float("-inf")
         self._doomed: frozenset[str] = frozenset()
+        self._not_before = float("-inf")
+        self.is_stopping = False
+
+    def delay(self, seconds: float) -> None:
+        """Start no workers for a while."""
+        self._not_before = time.monotonic() + seconds
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Start as soon as the count has settled: resources of the dead come back one by one."""
+        """Start as soon as the count has settled: resources of the dead come back one by one.
+
+        Raises:
+            TrainingError: the run was asked to end.
+        """
+        if self.is_stopping:
+            raise TrainingError(
+                "a signal ended the run while no worker trained.", "run the same command to go on."
+            )
         self._maybe_send_resource_request()
+        if time.monotonic() < self._not_before:
+            return NoopDecision()
         count, now = self._count(probe=True), time.monotonic()
         if count != self._seen[0]:
             self._seen = (count, now)
@@ -134,8 +161,11 @@ class WorldPolicy(ElasticScalingPolicy):
 class RetryPolicy(FailurePolicy, ReportCallback):
     """Try again whatever may pass by itself; give up on what the user must mend, and on what never gets on."""
 
-    def __init__(self, failure_config: Any, config: Config, events: Events) -> None:
+    def __init__(
+        self, failure_config: Any, config: Config, events: Events, delay: Callable[[float], None]
+    ) -> None:
         super().__init__(failure_config)
+        self._delay = delay
         self._limit = config.parallel.max_failures
         self._events = events
         self._failures = 0
@@ -155,8 +185,10 @@ class RetryPolicy(FailurePolicy, ReportCallback):
         error = our_error(causes)
         self._failures = self._failures + 1 if self._newest_step <= self._step_at_failure else 1
         self._step_at_failure = self._newest_step
-        may_pass = error is None or isinstance(error, StorageError)
-        retry = may_pass and self._failures <= self._limit
+        is_bug = error is None and any(isinstance(cause, _BUGS) for cause in causes)
+        retry = not is_bug and isinstance(error, StorageError | None) and self._failures <= self._limit
+        if isinstance(error, StorageError):
+            self._delay(2.0**self._failures)
         ranks = (
             sorted(training_failed_error.worker_failures)
             if isinstance(training_failed_error, WorkerGroupError)
@@ -194,12 +226,13 @@ class ElasticController(TrainController):
         self._policy = WorldPolicy(
             train_run_context.scaling_config, config, self._events, lambda: self._ask(Request.SAVE)
         )
-        retry = RetryPolicy(train_run_context.run_config.failure_config, config, self._events)
+        retry = RetryPolicy(train_run_context.run_config.failure_config, config, self._events, self._policy.delay)
         rest |= {"scaling_policy": self._policy, "failure_policy": retry}
         super().__init__(train_run_context=train_run_context, callbacks=[*callbacks, retry, _TakeNotice()], **rest)
 
     async def stop(self) -> None:
         """Ask the workers to save and end; without any, end at once."""
+        self._policy.is_stopping = True
         self._ask(Request.STOP)
 
     @staticmethod
@@ -226,6 +259,8 @@ class ElasticController(TrainController):
         assert group is not None
         self._policy.held = Counter(worker.metadata.node_id for worker in group.get_workers())
         self._events.add("start", f"{num_workers} workers train", workers=num_workers)
+        if self._policy.is_stopping:
+            self._ask(Request.STOP)
 
     def _save_before(self, num_workers: int) -> None:
         """Let the workers save and end, so that the change of the world costs no step."""

@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
-from ray.train import WorkerGroupError
+from ray.train import TrainingFailedError, WorkerGroupError
 
 from moe_ray.errors import ANOTHER_RANK, MoeRayError, TrainingError
+
+# Where Ray's exceptions keep what they wrap.
+_WRAPPED = ("cause", "_base_exc", "health_check_failure", "controller_failure")
 
 
 def root_causes(error: BaseException) -> list[BaseException]:
@@ -15,7 +18,10 @@ def root_causes(error: BaseException) -> list[BaseException]:
         cause: BaseException | None = start
         while cause is not None and cause not in causes:
             causes.append(cause)
-            wrapped = (getattr(cause, name, None) for name in ("cause", "_base_exc", "health_check_failure"))
+            wrapped = (
+                getattr(cause, name, None)
+                for name in ("cause", "_base_exc", "health_check_failure", "controller_failure")
+            )
             cause = next((inner for inner in wrapped if isinstance(inner, BaseException)), cause.__cause__)
     return causes
 
@@ -26,14 +32,15 @@ def our_error(causes: Sequence[BaseException]) -> MoeRayError | None:
     return next((error for error in ours if error.problem != ANOTHER_RANK), None)
 
 
-def as_our_error(error: WorkerGroupError) -> MoeRayError:
+def as_our_error(error: TrainingFailedError) -> MoeRayError:
     """What the user is told."""
-    found = our_error(root_causes(error))
+    causes = root_causes(error)
+    found = our_error(causes)
     if found is not None:
         return found
-    rank, failure = min(error.worker_failures.items(), key=lambda item: item[0])
+    lines = str(causes[0]).strip().splitlines() or [""]
     return TrainingError(
-        f"training worker {rank} failed: {str(failure).strip().splitlines()[-1]}.",
+        f"a training worker failed: {type(causes[0]).__name__}: {lines[-1]}.",
         "see the worker's log in the Ray dashboard; the same command goes on from the newest checkpoint, if there "
         "is one.",
     )

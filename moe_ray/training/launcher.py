@@ -11,7 +11,7 @@ import ray
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.train import ControllerError, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, get_device
 
 from moe_ray.checkpoint.catalog import is_whole, newest_manifest
@@ -20,7 +20,7 @@ from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.data.prepare import prepare
 from moe_ray.data.shards import read_index
 from moe_ray.data.share import obtain, share
-from moe_ray.errors import ConfigError, TrainingError
+from moe_ray.errors import ConfigError
 from moe_ray.models.hf.resolve import resolve_model
 from moe_ray.models.moe import make_router
 from moe_ray.parallel.mesh import build_mesh
@@ -71,12 +71,8 @@ def _run(config: Config, run: Storage, lease: str) -> int:
     with show_progress(run, config.train.steps), tempfile.TemporaryDirectory(prefix="moe_ray-train-") as scratch:
         try:
             return _trainer(config, data_dir, lease, scratch).fit().return_value.step  # ty: ignore
-        except WorkerGroupError as error:
+        except TrainingFailedError as error:
             raise as_our_error(error) from error
-        except ControllerError as error:
-            raise TrainingError(
-                f"Ray Train failed: {error.controller_failure}.", "see the driver's log; the same command goes on."
-            ) from error
 
 
 def _set_ray_train_defaults(parallel: ParallelConfig) -> None:
