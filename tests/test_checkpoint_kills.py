@@ -1,7 +1,6 @@
 """Whatever moment a writer of checkpoints is killed at, the newest complete one is found, and nothing else is left."""
 
 import functools
-import os
 import random
 import shutil
 import signal
@@ -214,3 +213,94 @@ def sweep_s3(uri: str, folder: Path, steps: tuple[int, ...]) -> int:
 
 def test_killed_before_and_after_each_operation_of_an_object_store(s3: S3Server, tmp_path: Path) -> None:
     assert sweep_s3(s3.fresh_uri(), tmp_path, (1, 2, 3)) >= 50
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_anywhere_in_a_longer_life_in_an_object_store(s3: S3Server, tmp_path: Path) -> None:
+    assert sweep_s3(s3.fresh_uri(), tmp_path, STEPS) >= 100
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_during_an_upload(breakable_s3: S3Server, seed: int) -> None:
+    size = 16 << 20
+    uri = breakable_s3.fresh_uri()
+    breakable_s3.proxy.freeze_after(int(size * (1.05 + 0.9 * random.Random(seed).random())))
+    writer = start_alone(live_with_a_large_file, uri, size)
+    try:
+        assert breakable_s3.proxy.broken.wait(60)
+    finally:
+        kill_world([writer])
+    breakable_s3.proxy.mend()
+    run = open_storage(uri)
+    manifest = newest_manifest(run)
+    assert manifest is not None
+    assert manifest.step == 1
+    assert resolve_checkpoint(uri, ALL_KINDS)[1] == manifest
+    tidy(run, 1)
+    assert_no_orphans(run)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def short_run(corpus: Path, storage: Path | str, name: str, *overrides: str) -> Config:
+    """8 steps, each second one saved."""
+    settings = ("train.steps=8", "train.eval_every=8", "checkpoint.every=2", f"checkpoint.keep_last={KEPT}")
+    return build_config(tiny_settings(corpus, storage, name), [*settings, *overrides])
+
+
+def one_training(config: Config, data_dir: Path, point: int = 0, log: Path | None = None) -> None:
+    if log is not None:
+        kill_at_file_event(point, config.train.run_dir, log)
+    train(config, build_mesh(1), data_dir, lambda metrics: None)
+
+
+def trainings_on_disk(corpus: Path, data_dir: Path, folder: Path, num_points: int) -> None:
+    """One run for each of some of its file operations: killed before it, and resumed."""
+    whole = short_run(corpus, folder, "run-0")
+    assert fork(one_training, whole, data_dir, 0, folder / "log-0") == 0
+    points = range(1, 1 + len((folder / "log-0").read_text().splitlines()))
+    for point in random.Random(num_points).sample(points, num_points):
+        config = short_run(corpus, folder, f"run-{point}")
+        assert fork(one_training, config, data_dir, point, folder / f"log-{point}") == -signal.SIGKILL
+        assert fork(one_training, config, data_dir) == 0
+
+
+@pytest.mark.parametrize("num_points", [8, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+def test_training_killed_anywhere_resumes_from_the_newest(corpus: Path, fast_disk: Path, num_points: int) -> None:
+    data_dir = prepare(short_run(corpus, fast_disk, "run-0"))
+    run_alone(trainings_on_disk, corpus, data_dir, fast_disk, num_points)
+    undisturbed = [m["loss"] for m in read_metrics(fast_disk / "run-0")]
+    runs = [path for path in fast_disk.glob("run-*") if path.name != "run-0"]
+    assert len(runs) == num_points
+    for path in runs:
+        done = (fast_disk / path.name.replace("run", "log")).read_text().splitlines()[:-1]
+        saved = 2 * sum(line.startswith("os.rename") and line.endswith(f"/{MANIFEST}") for line in done)
+        metrics = read_metrics(path)
+        assert [m["loss"] for m in metrics] == pytest.approx(undisturbed, rel=1e-6)
+        assert [m["resumed_step"] for m in metrics] == [0] * saved + [saved] * (8 - saved)
+        run = open_storage(path)
+        assert list_steps(run) == [6, 8]
+        leftovers = {name.split("/")[0] for name in run.list()} - {"checkpoints", "metrics.jsonl"}
+        assert not leftovers
+
+
+def test_training_goes_on_while_the_network_is_cut(breakable_s3: S3Server, corpus: Path, tmp_path: Path) -> None:
+    config = short_run(corpus, breakable_s3.fresh_uri(), "run", "checkpoint.retry_seconds=0.5")
+    failures = []
+
+    def report(metrics: dict) -> None:
+        failures.append(metrics["failed_checkpoints"])
+        if metrics["step"] == 3:
+            breakable_s3.proxy.cut_after(100_000)
+        if metrics["failed_checkpoints"]:
+            breakable_s3.proxy.mend()
+
+    train(config, build_mesh(1), prepare(config), report)
+    assert failures == [0, 0, 0, 0, 0, 1, 0, 0]
+    run = open_storage(config.train.run_uri)
+    assert list_steps(run) == [6, 8]
+    assert [m["failed_checkpoints"] for m in read_metrics(run)] == failures
