@@ -48,7 +48,7 @@ def read_manifest(checkpoint: Storage | Path) -> Manifest:
             f"{storage.uri!r} is no checkpoint: it has no {MANIFEST}.",
             "give a run folder or one of its checkpoints/step-* folders.",
         ) from None
-    return decode_manifest(content, f"{storage.uri.partition('?')[0]}/{MANIFEST}")
+    return decode_manifest(content, f"{_shown(storage)}/{MANIFEST}")
 
 
 def read_step(run: Storage, step: int) -> Manifest:
@@ -60,7 +60,9 @@ def read_step(run: Storage, step: int) -> Manifest:
     """
     manifest = read_manifest(run.child(checkpoint_name(step)))
     if manifest.step != step:
-        raise CheckpointError(f"{checkpoint_name(step)} holds step {manifest.step}.", "rename it.")
+        raise CheckpointError(
+            f"{checkpoint_name(step)}/{MANIFEST} is of step {manifest.step}.", "restore it from a backup."
+        )
     return manifest
 
 
@@ -201,8 +203,12 @@ def _of_kinds(manifest: Manifest, kinds: frozenset[str]) -> list[FileEntry]:
     return [entry for entry in manifest.files if entry.kind in kinds]
 
 
+def _shown(checkpoint: Storage) -> str:
+    return checkpoint.uri.partition("?")[0]
+
+
 def _fetch(checkpoint: Storage, entry: FileEntry, folder: Path) -> None:
-    target = folder / entry.name
+    target, where = folder / entry.name, f"{_shown(checkpoint)}/{entry.name}"
     if target.is_file():
         try:
             return check_file(target, entry)
@@ -212,12 +218,11 @@ def _fetch(checkpoint: Storage, entry: FileEntry, folder: Path) -> None:
     os.close(descriptor)
     try:
         checkpoint.fetch(entry.name, Path(staged))
-        check_file(Path(staged), entry)
+        check_file(Path(staged), entry, where)
         os.replace(staged, target)
     except FileNotFoundError:
         raise CheckpointError(
-            f"checkpoint file {entry.name!r} of {checkpoint.uri!r} is missing.",
-            "use another checkpoint of the run.",
+            f"checkpoint file {where!r} is missing.", "use another checkpoint of the run."
         ) from None
     finally:
         Path(staged).unlink(missing_ok=True)
