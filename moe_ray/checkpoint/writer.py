@@ -124,7 +124,7 @@ class CheckpointWriter:
             tensors = {name: shard.local for name, shard in share.items()}
             self._images[kind] = take_snapshot(tensors, self._images.get(kind))
         parts = {kind: {name: _part(shard) for name, shard in share.items()} for kind, share in shares.items()}
-        self._pending = _Pending(step, metrics, self._thread.submit(self._write_share, step, parts))
+        self._pending = _Pending(step, dict(metrics), self._thread.submit(self._write_share, step, parts))
         self.stall_seconds = time.perf_counter() - started
         return earlier
 
