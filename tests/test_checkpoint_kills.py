@@ -24,7 +24,6 @@ from moe_ray.training.loop import train
 from tests.lives import KEPT, Mortal, fork, give_state, kill_at_file_event, live, state_of, tiny_trainer
 from tests.s3_server import S3Server
 from tests.tiny import copy_corpus, tiny_settings
-from tests.waiting import until
 from tests.worlds import kill_world, run_alone, start_alone
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -174,7 +173,7 @@ def test_killed_in_the_middle_of_a_file(fast_disk: Path, share: float) -> None:
 
 
 def lives_in_s3(uri: str, folder: Path, steps: tuple[int, ...], points: list[int]) -> None:
-    """One life for each of the points, killed there. Each opens the storage itself: its client does not survive forks."""
+    """One life for each of the points, killed there. Each opens the storage itself: no client survives a fork."""
     trainer = tiny_trainer()
 
     def one(point: int) -> None:

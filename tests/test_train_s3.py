@@ -1,7 +1,8 @@
 """A run whose folder is a bucket: trained, killed, resumed, read, evaluated and exported."""
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture(autouse=True)
+def same_logging() -> Iterator[None]:
+    """Jobs set up logging for a process of their own."""
+    loggers = [logging.getLogger(), logging.getLogger("moe_ray")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.level, logger.propagate = handlers, level, propagate
+
+
 @pytest.fixture
 def make_config(corpus: Path, s3: S3Server) -> Callable[..., Config]:
     def make(*overrides: str, storage: str | Path = s3.fresh_uri()) -> Config:
@@ -61,7 +72,7 @@ def test_a_killed_run_resumes_on_the_undisturbed_curve(
     storage = open_storage(config.train.run_uri)
     world = start(config)
     try:
-        until(lambda: list_steps(storage))
+        until(lambda: list_steps(storage), seconds=50)
     finally:
         kill_world(world)
     saved = list_steps(storage)[-1]
@@ -115,9 +126,9 @@ def test_evaluation_on_other_text_and_export_take_the_address_of_a_bucket(
     evaluate.main(uri, [f"data.sources=[{corpus}/c*.txt]", f"data.path={tmp_path}/other"])
     export.main(uri, str(tmp_path / "hf"), [])
     exported, trained = load_for_inference(tmp_path / "hf").model, load_for_inference(uri).model
-    for name, tensor in trained.state_dict().items():
-        assert torch.equal(exported.state_dict()[name], tensor), name
-    assert {path.name for path in tmp_path.iterdir()} == {"cache", "hf", "other"}
+    for name, tensor in trained.named_parameters():
+        assert torch.equal(exported.get_parameter(name), tensor), name
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "hf", "other", ".other.lock"}
 
 
 def under(uri: str, name: str) -> str:
