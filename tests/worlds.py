@@ -31,13 +31,27 @@ def run_world(world_size: int, function: Callable[..., None], *arguments: Any) -
 def start_world(world_size: int, function: Callable[..., None], *arguments: Any) -> list[BaseProcess]:
     """Start `function(rank, *arguments)` on every rank and return the running processes."""
     rendezvous = Path(tempfile.mkdtemp(prefix="rendezvous-")) / "store"
-    world: list[BaseProcess] = [
-        _processes.Process(target=_enter, args=(rank, world_size, str(rendezvous), function, arguments))
-        for rank in range(world_size)
+    return [
+        start_alone(_enter, rank, world_size, str(rendezvous), function, arguments) for rank in range(world_size)
     ]
-    for process in world:
-        process.start()
-    return world
+
+
+def run_alone(function: Callable[..., None], *arguments: Any) -> None:
+    """Call `function(*arguments)` in one process that is no member of a group and wait; fails if it does."""
+    process = start_alone(function, *arguments)
+    try:
+        process.join(timeout=600)
+        assert process.exitcode == 0
+    finally:
+        kill_world([process])
+
+
+def start_alone(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start `function(*arguments)` in one process that is no member of a group and return it, running."""
+    # Its parent has the environment of when it was itself started.
+    process = _processes.Process(target=_enter_alone, args=(dict(os.environ), function, arguments))
+    process.start()
+    return process
 
 
 def kill_world(world: Sequence[BaseProcess]) -> None:
@@ -49,7 +63,6 @@ def kill_world(world: Sequence[BaseProcess]) -> None:
 
 
 def _enter(rank: int, world_size: int, rendezvous: str, function: Callable[..., None], arguments: tuple) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
@@ -57,3 +70,9 @@ def _enter(rank: int, world_size: int, rendezvous: str, function: Callable[..., 
     dist.barrier()
     # An ordinary interpreter shutdown now and then aborts inside gloo's threads.
     os._exit(0)
+
+
+def _enter_alone(environment: dict[str, str], function: Callable[..., None], arguments: tuple) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    function(*arguments)

@@ -48,7 +48,7 @@ def read_manifest(checkpoint: Storage | Path) -> Manifest:
             f"{storage.uri!r} is no checkpoint: it has no {MANIFEST}.",
             "give a run folder or one of its checkpoints/step-* folders.",
         ) from None
-    return decode_manifest(content, f"{storage.uri.partition('?')[0]}/{MANIFEST}")
+    return decode_manifest(content, f"{_shown(storage)}/{MANIFEST}")
 
 
 def read_step(run: Storage, step: int) -> Manifest:
@@ -60,18 +60,15 @@ def read_step(run: Storage, step: int) -> Manifest:
     """
     manifest = read_manifest(run.child(checkpoint_name(step)))
     if manifest.step != step:
-        raise CheckpointError(f"{checkpoint_name(step)} holds step {manifest.step}.", "rename it.")
+        raise CheckpointError(
+            f"{checkpoint_name(step)}/{MANIFEST} is of step {manifest.step}.", "restore it from a backup."
+        )
     return manifest
 
 
 def newest_manifest(run: Storage) -> Manifest | None:
     """That of the newest checkpoint whose manifest is whole, without a look at its other files."""
-    for step in reversed(list_steps(run)):
-        try:
-            return read_step(run, step)
-        except CheckpointError as error:
-            _logger.warning("skipping a checkpoint: %s", error.problem)
-    return None
+    return next(filter(None, (_read_good(run, step) for step in reversed(list_steps(run)))), None)
 
 
 def is_whole(run: Storage, manifest: Manifest) -> bool:
@@ -152,17 +149,29 @@ def all_damaged(run: Storage, count: int) -> CheckpointError:
 def tidy(run: Storage, step: int) -> None:
     """Make the checkpoint of `step` (0: none) the newest one. Only the one writer of the run may call this.
 
-    What a killed writer left is removed. Later checkpoints were passed over because they are damaged: they lose
-    their names, so that they neither count as newest nor push out good ones, but are kept for a look at them.
+    What a killed writer left is removed. Later checkpoints were passed over because they are damaged: like those
+    whose manifest is, they lose their names, so that they neither count as newest nor push out good ones, but are
+    kept for a look at them until their step is saved again.
     """
     run.clean()
     for found, names in _folders(run).items():
         folder = checkpoint_name(found)
-        if MANIFEST in names and found > step:
-            run.write(f"{folder}/{DAMAGED}", run.read(f"{folder}/{MANIFEST}"))
-            run.delete(f"{folder}/{MANIFEST}")
-        elif MANIFEST not in names and DAMAGED not in names:
+        if MANIFEST in names:
+            manifest = _read_good(run, found) if found <= step else None
+            if manifest is None:
+                run.write(f"{folder}/{DAMAGED}", run.read(f"{folder}/{MANIFEST}"))
+                run.delete(f"{folder}/{MANIFEST}")
+            else:
+                drop_unlisted(run, manifest, names)
+        elif DAMAGED not in names:
             run.delete(folder)
+
+
+def drop_unlisted(run: Storage, manifest: Manifest, names: Iterable[str]) -> None:
+    """Delete those of the files in a checkpoint's folder that are no part of it."""
+    folder = checkpoint_name(manifest.step)
+    for name in set(names) - {MANIFEST, *(entry.name for entry in manifest.files)}:
+        run.delete(f"{folder}/{name}")
 
 
 def remove(run: Storage, step: int) -> None:
@@ -182,12 +191,24 @@ def _folders(run: Storage) -> dict[int, set[str]]:
     return folders
 
 
+def _read_good(run: Storage, step: int) -> Manifest | None:
+    try:
+        return read_step(run, step)
+    except CheckpointError as error:
+        _logger.warning("skipping a checkpoint: %s", error.problem)
+        return None
+
+
 def _of_kinds(manifest: Manifest, kinds: frozenset[str]) -> list[FileEntry]:
     return [entry for entry in manifest.files if entry.kind in kinds]
 
 
+def _shown(checkpoint: Storage) -> str:
+    return checkpoint.uri.partition("?")[0]
+
+
 def _fetch(checkpoint: Storage, entry: FileEntry, folder: Path) -> None:
-    target = folder / entry.name
+    target, where = folder / entry.name, f"{_shown(checkpoint)}/{entry.name}"
     if target.is_file():
         try:
             return check_file(target, entry)
@@ -197,12 +218,11 @@ def _fetch(checkpoint: Storage, entry: FileEntry, folder: Path) -> None:
     os.close(descriptor)
     try:
         checkpoint.fetch(entry.name, Path(staged))
-        check_file(Path(staged), entry)
+        check_file(Path(staged), entry, where)
         os.replace(staged, target)
     except FileNotFoundError:
         raise CheckpointError(
-            f"checkpoint file {entry.name!r} of {checkpoint.uri!r} is missing.",
-            "use another checkpoint of the run.",
+            f"checkpoint file {where!r} is missing.", "use another checkpoint of the run."
         ) from None
     finally:
         Path(staged).unlink(missing_ok=True)

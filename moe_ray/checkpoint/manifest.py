@@ -128,8 +128,11 @@ def decode_manifest(content: bytes, where: str) -> Manifest:
     return manifest
 
 
-def check_file(path: Path, entry: FileEntry) -> None:
+def check_file(path: Path, entry: FileEntry, where: str | None = None) -> None:
     """Compare a file with what the manifest says of it.
+
+    Args:
+        where: what it is a copy of, for the message.
 
     Raises:
         CheckpointError: it is missing, or its size or checksum differ; it is named.
@@ -145,7 +148,7 @@ def check_file(path: Path, entry: FileEntry) -> None:
             return
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
-    raise CheckpointError(f"checkpoint file {str(path)!r} {problem}.", _OTHER)
+    raise CheckpointError(f"checkpoint file {(where or str(path))!r} {problem}.", _OTHER)
 
 
 def _first_line(checksum: str) -> bytes:

@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from moe_ray.checkpoint.catalog import checkpoint_name, list_steps, read_step, remove
+from moe_ray.checkpoint.catalog import checkpoint_name, drop_unlisted, list_steps, read_step, remove
 from moe_ray.checkpoint.manifest import (
     MANIFEST,
     TOKENIZER,
@@ -124,7 +124,7 @@ class CheckpointWriter:
             tensors = {name: shard.local for name, shard in share.items()}
             self._images[kind] = take_snapshot(tensors, self._images.get(kind))
         parts = {kind: {name: _part(shard) for name, shard in share.items()} for kind, share in shares.items()}
-        self._pending = _Pending(step, metrics, self._thread.submit(self._write_share, step, parts))
+        self._pending = _Pending(step, dict(metrics), self._thread.submit(self._write_share, step, parts))
         self.stall_seconds = time.perf_counter() - started
         return earlier
 
@@ -222,21 +222,21 @@ class CheckpointWriter:
             _logger.warning("old checkpoints could not be removed: %s", error.problem)
 
     def _make_room(self, folder: Storage, manifest: Manifest) -> None:
-        for name in set(folder.list()) - {MANIFEST, *(entry.name for entry in manifest.files)}:
-            folder.delete(name)
         run = self._origin.run
+        drop_unlisted(run, manifest, folder.list())
         self._metrics[manifest.step] = manifest.metrics
-        metrics = {step: self._metrics_of(step) for step in list_steps(run)}
+        # One with a damaged manifest neither counts nor goes: the next start sets it aside.
+        metrics = {step: known for step in list_steps(run) if (known := self._metrics_of(step)) is not None}
         for step in sorted(metrics.keys() - steps_to_keep(metrics, self._origin.config.checkpoint)):
             remove(run, step)
             self._metrics.pop(step, None)
 
-    def _metrics_of(self, step: int) -> Mapping[str, float]:
+    def _metrics_of(self, step: int) -> Mapping[str, float] | None:
         if step not in self._metrics:
             try:
                 self._metrics[step] = read_step(self._origin.run, step).metrics
             except CheckpointError:
-                self._metrics[step] = {}
+                return None
         return self._metrics[step]
 
     def _discard(self, step: int) -> None:

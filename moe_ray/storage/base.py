@@ -68,7 +68,10 @@ class Storage(Protocol):
         ...
 
     def clean(self) -> None:
-        """Remove what killed writers left behind. Only while nobody else writes: it may be theirs."""
+        """Remove what killed writers left behind, empty folders included.
+
+        Only while nobody else writes: it may be theirs.
+        """
         ...
 
 

@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,11 +93,15 @@ class LocalStorage:
 
     def clean(self) -> None:
         def clean() -> None:
-            for path in list(_walk(self.local)):
-                relative = path.relative_to(self.local)
-                if any(part.startswith(TEMPORARY_PREFIX) for part in relative.parts):
-                    path.unlink(missing_ok=True)
-                    self._drop_empty_folders(path.parent)
+            for folder, _, files in os.walk(self.local, topdown=False, onerror=_raise_unless_gone):
+                for file in files:
+                    path = Path(folder, file)
+                    if any(part.startswith(TEMPORARY_PREFIX) for part in path.relative_to(self.local).parts):
+                        path.unlink(missing_ok=True)
+                if Path(folder) != self.top:
+                    # One that is not empty stays.
+                    with suppress(OSError):
+                        os.rmdir(folder)
 
         self.policy.run(clean, "cleaned", str(self.local))
 

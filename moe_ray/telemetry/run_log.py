@@ -47,6 +47,11 @@ class RunLog:
                 _logger.warning("%s cannot be written now: %s", self._name, error)
             self._warned = True
 
+    def flush(self) -> None:
+        """Begin to write what is left, without a wait for the next line or for its end."""
+        if self._run.local is None:
+            self._begin_upload()
+
     def close(self) -> None:
         """Write what is left.
 
@@ -69,12 +74,17 @@ class RunLog:
         self._whole, self._pending = self._whole + self._pending, b""
         if not wait and (self._is_uploading() or time.monotonic() - self._uploaded_at < _UPLOAD_SECONDS):
             return
-        finished, self._upload = self._upload, self._thread.submit(self._run.write, self._name, self._whole)
-        self._uploaded_at = time.monotonic()
+        finished = self._upload
+        begun = self._begin_upload()
         if wait:
-            self._upload.result()
+            begun.result()
         elif finished is not None:
             finished.result()
+
+    def _begin_upload(self) -> Future[None]:
+        self._upload = self._thread.submit(self._run.write, self._name, self._whole)
+        self._uploaded_at = time.monotonic()
+        return self._upload
 
     def _is_uploading(self) -> bool:
         return self._upload is not None and not self._upload.done()

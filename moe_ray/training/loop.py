@@ -201,6 +201,9 @@ class _Loop:
         if not (last or request is not None or again or done % every == 0):
             return
         self._last_try = done
+        if self._log is not None:
+            # Steps that a checkpoint saves are not done again: their lines must not be lost.
+            self._log.flush()
         self._settle(self._writer.begin(done, self._latest))
         must_be_whole = last or request in (Request.RESTART, Request.STOP)
         if must_be_whole or self._trainer.config.checkpoint.overlap_steps == 0:

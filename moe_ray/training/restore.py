@@ -30,6 +30,8 @@ from moe_ray.training.start import start_weights
 from moe_ray.training.step import Trainer
 
 _logger = logging.getLogger(__name__)
+# They go along into the checkpoints to come.
+_SMALL = frozenset({"tokenizer", "sidecar"})
 _Shards = dict[FileKind, dict[str, Shard]]
 
 
@@ -128,9 +130,12 @@ def _load(run: Storage, step: int, shards: _Shards, mesh: Mesh, data: TokenData)
         return False
     folder, manifest = opened
     check_data(manifest, data.index)
-    for kind, of_kind in shards.items():
-        load_shards(folder, manifest, kind, of_kind)
-    mesh.barrier()
+
+    def load() -> None:
+        for kind, of_kind in shards.items():
+            load_shards(folder, manifest, kind, of_kind)
+
+    together(mesh, load)
     _drop_copies(run, step)
     _logger.info("rank %d resumed from step %d of %s", mesh.rank, step, run.uri)
     return True
@@ -138,7 +143,8 @@ def _load(run: Storage, step: int, shards: _Shards, mesh: Mesh, data: TokenData)
 
 def _open(run: Storage, step: int, shards: _Shards) -> tuple[Path, Manifest]:
     manifest = read_step(run, step)
-    files = [entry for kind, of_kind in shards.items() for entry in files_for(manifest, kind, of_kind)]
+    files = [entry for entry in manifest.files if entry.kind in _SMALL]
+    files += [entry for kind, of_kind in shards.items() for entry in files_for(manifest, kind, of_kind)]
     return open_files(run.child(checkpoint_name(step)), files), manifest
 
 
