@@ -45,7 +45,7 @@ def run_training(config: Config) -> int:
     Raises:
         MoeRayError: whatever the user can mend, raised before any worker starts where that is possible.
     """
-    config = resolve_model(_with_absolute_storage(config))
+    config = resolve_model(with_absolute_storage(config))
     _check_router(config.model)
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
     with hold(run) as lease:
@@ -192,7 +192,7 @@ def _report(metrics: dict[str, Any]) -> None:
     ray.train.report({name: value for name, value in metrics.items() if isinstance(value, int | float)})
 
 
-def _with_absolute_storage(config: Config) -> Config:
+def with_absolute_storage(config: Config) -> Config:
     """The same settings for every process, whatever its working directory."""
     if "://" in config.train.storage:
         return config
