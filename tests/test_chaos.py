@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_faults_leave_one_another_room(config: Config, seed: int) -> None:
     settle = settle_steps(config)
     assert min(steps) >= settle
     assert max(steps) <= config.train.steps - settle
-    assert all(later - earlier > settle for earlier, later in zip(steps, steps[1:], strict=False))
+    assert all(later - earlier > settle for earlier, later in pairwise(steps))
 
 
 def test_short_run_has_no_room_for_many_faults(config: Config) -> None:
