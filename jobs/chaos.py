@@ -40,7 +40,7 @@ def main(options: argparse.Namespace) -> None:
     from moe_ray.training.launcher import connect, with_absolute_storage
 
     setup_logging(config.telemetry.log_level)
-    connect(config.parallel)
+    connect(config.parallel, log_to_driver=False)
     # Ray has just put its own in place; leaving by an exception ends what was started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     outcome = run_chaos(

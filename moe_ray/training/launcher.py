@@ -100,12 +100,16 @@ def _check_router(model: ModelConfig) -> None:
         )
 
 
-def connect(parallel: ParallelConfig) -> None:
-    """Join the cluster of RAY_ADDRESS (which a submitted job has), or start a local one that fits the workers."""
+def connect(parallel: ParallelConfig, *, log_to_driver: bool = True) -> None:
+    """Join the cluster of RAY_ADDRESS (which a submitted job has), or start a local one that fits the workers.
+
+    Args:
+        log_to_driver: print what processes of the cluster print.
+    """
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(log_to_driver=log_to_driver, logging_level=logging.WARNING)
         _warn_if_too_small(parallel)
         return
     # Logical CPUs: more workers than cores are slow, not wrong.
@@ -114,6 +118,7 @@ def connect(parallel: ParallelConfig) -> None:
         address="local",
         num_cpus=num_cpus,
         include_dashboard=True,
+        log_to_driver=log_to_driver,
         logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
     )

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
+import yaml
 
-from moe_ray.config import Config
+from moe_ray.config import Config, build_config
 from moe_ray.errors import ConfigError, StorageError, TrainingError
 from moe_ray.storage import open_storage
 from moe_ray.telemetry.run_log import read_events, read_metrics
@@ -66,6 +68,7 @@ def run_chaos(
             f"the run {run.uri!r} is there already.",
             "remove it, or set another train.name to compare two new runs.",
         )
+    _check_reference(reference)
     logs = Path(tempfile.mkdtemp(prefix="moe_ray-chaos-"))
     say(f"output of the runs: {logs}")
     with ExitStack() as cleanup:
@@ -79,7 +82,23 @@ def run_chaos(
     return _compare(rows, reference, disturbed)
 
 
-def _with(config: Config, **train: str) -> Config:
+def _check_reference(config: Config) -> None:
+    """A reference of other settings would show differences that no fault has made."""
+    run = open_storage(config.train.run_uri)
+    try:
+        then = build_config(yaml.safe_load(run.read("config.yaml")))
+    except FileNotFoundError:
+        return
+    then = _with(then, name=config.train.name, storage=config.train.storage, log_every=config.train.log_every)
+    for section in ("optim", "train"):
+        if getattr(then, section) != getattr(config, section):
+            raise ConfigError(
+                f"the run {run.uri!r} was made with other settings in {section!r}.",
+                "remove it, or set another train.name to compare two new runs.",
+            )
+
+
+def _with(config: Config, **train: Any) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update=train)})
 
 
