@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tcp_proxy import Proxy
+from moe_ray.training.chaos.proxy import Proxy
 
 _BUCKET = "runs"
 _CREDENTIALS = {
@@ -61,7 +61,7 @@ def s3() -> Iterator[S3Server]:
         stack.callback(process.wait)
         stack.callback(process.kill)
         _wait_until_ready(process, port, folder)
-        yield S3Server(Proxy(port))
+        yield S3Server(Proxy(("127.0.0.1", port)))
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def run_training(config: Config) -> int:
     Raises:
         MoeRayError: whatever the user can mend, raised before any worker starts where that is possible.
     """
-    config = resolve_model(_with_absolute_storage(config))
+    config = resolve_model(with_absolute_storage(config))
     _check_router(config.model)
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
     with hold(run) as lease:
@@ -99,12 +99,16 @@ def _check_router(model: ModelConfig) -> None:
         )
 
 
-def connect(parallel: ParallelConfig) -> None:
-    """Join the cluster of RAY_ADDRESS (which a submitted job has), or start a local one that fits the workers."""
+def connect(parallel: ParallelConfig, *, log_to_driver: bool = True) -> None:
+    """Join the cluster of RAY_ADDRESS (which a submitted job has), or start a local one that fits the workers.
+
+    Args:
+        log_to_driver: print what processes of the cluster print.
+    """
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(log_to_driver=log_to_driver, logging_level=logging.WARNING)
         _warn_if_too_small(parallel)
         return
     # Logical CPUs: more workers than cores are slow, not wrong.
@@ -113,6 +117,7 @@ def connect(parallel: ParallelConfig) -> None:
         address="local",
         num_cpus=num_cpus,
         include_dashboard=True,
+        log_to_driver=log_to_driver,
         logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
     )
@@ -196,7 +201,7 @@ def _report(metrics: dict[str, Any]) -> None:
     ray.train.report({name: value for name, value in metrics.items() if isinstance(value, int | float)})
 
 
-def _with_absolute_storage(config: Config) -> Config:
+def with_absolute_storage(config: Config) -> Config:
     """The same settings for every process, whatever its working directory."""
     if "://" in config.train.storage:
         return config

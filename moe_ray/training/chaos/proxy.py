@@ -2,18 +2,21 @@
 
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 
 class Proxy:
-    """Forwards connections on a port of the loopback interface to another one.
+    """Forwards connections to a port of its own to a server.
 
     Args:
-        target: port of the server.
+        target: host and port of the server.
+        host: address of this machine on which it listens.
     """
 
-    def __init__(self, target: int) -> None:
+    def __init__(self, target: tuple[str, int], host: str = "127.0.0.1") -> None:
         self._target = target
+        self._host = host
         self._open = threading.Event()
         self._open.set()
         self._lock = threading.Lock()
@@ -59,12 +62,12 @@ class Proxy:
         self.broken.clear()
         self._open.set()
 
-    def _schedule(self, num_bytes: int, action) -> None:
+    def _schedule(self, num_bytes: int, action: Callable[[], None]) -> None:
         with self._lock:
             self._until_break, self._break = num_bytes, action
 
     def _listen(self, port: int) -> socket.socket:
-        listener = socket.create_server(("127.0.0.1", port))
+        listener = socket.create_server((self._host, port))
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         return listener
 
@@ -76,7 +79,7 @@ class Proxy:
 
     def _connect(self, client: socket.socket) -> None:
         try:
-            server = socket.create_connection(("127.0.0.1", self._target))
+            server = socket.create_connection(self._target)
         except OSError:
             client.close()
             return

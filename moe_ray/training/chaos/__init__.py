@@ -1,0 +1,1 @@
+"""Train a run under a seeded schedule of faults and compare it with an undisturbed one."""
