@@ -72,7 +72,7 @@ def live(trainer: Trainer, run: Storage, steps: Sequence[int], extra: bytes = b"
 
 
 def fork(function: Callable[..., None], *arguments: Any) -> int:
-    """Call `function(*arguments)` in a fork of this process, wait, and return its exit code, negative for a signal."""
+    """Call `function(*arguments)` in a fork of this process; returns its exit code, negative for a signal."""
     pid = os.fork()
     if pid == 0:
         try:

@@ -246,7 +246,7 @@ def test_with_all_damaged_nothing_is_loaded_and_nothing_touched(
         lambda: resolve_checkpoint(copied.train.run_dir),
         lambda: load_for_inference(copied.train.run_dir),
     ):
-        with pytest.raises(CheckpointError, match="all 2 checkpoints in .* are damaged"):
+        with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* are damaged"):
             action()
     assert {path: path.read_bytes() for path in copied.train.run_dir.rglob("*") if path.is_file()} == before
 

@@ -1,4 +1,4 @@
-"""Whatever moment a writer of checkpoints is killed at, the newest complete one is found, and nothing else is left."""
+"""Whatever moment a writer of checkpoints is killed at, the newest complete one is found and nothing else left."""
 
 import functools
 import random

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, how they move between worlds, what their files hold, and what a full disk does to them."""
+"""Which checkpoints stay, how they move between worlds, what their files hold, what a full disk does to them."""
 
 import os
 import subprocess

@@ -48,9 +48,11 @@ def same_logging() -> Iterator[None]:
 
 @pytest.fixture
 def make_config(corpus: Path, s3: S3Server) -> Callable[..., Config]:
-    def make(*overrides: str, storage: str | Path = s3.fresh_uri()) -> Config:
+    uri = s3.fresh_uri()
+
+    def make(*overrides: str, storage: str | Path = uri) -> Config:
         settings = ["parallel.workers=2", "parallel.ep=2", "checkpoint.keep_last=2", *overrides]
-        return build_config(tiny_settings(corpus, storage, "run"), settings)  # ty: ignore
+        return build_config(tiny_settings(corpus, storage, "run"), settings)
 
     return make
 

@@ -25,7 +25,7 @@ def copy_corpus(folder: Path) -> Path:
     return folder
 
 
-def tiny_settings(corpus: Path, storage: Path, name: str) -> dict[str, Any]:
+def tiny_settings(corpus: Path, storage: Path | str, name: str) -> dict[str, Any]:
     """Settings of a run of 12 steps of 6 sequences."""
     return {
         "model": {
