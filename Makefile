@@ -72,6 +72,9 @@ bench: install
 	$(BIN)/python benchmarks/moe_layer.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/scaling_model.py --check
 
 # The versions that `install` gets. Local parts such as +cpu are dropped: which build of torch fits, the machine tells.
 constraints: install
