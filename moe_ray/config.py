@@ -185,8 +185,8 @@ class CheckpointConfig(Section):
     best_is: Literal["lowest", "highest"] = Field("lowest", description="which `best_metric` is best")
     overlap_steps: NonNegativeInt = Field(
         1,
-        description="steps that may end while a checkpoint is written; with 0 training waits, with more than "
-        "1 a loss can cost as many more steps",
+        description="steps through which a checkpoint may be written, the last of which waits for it before its "
+        "update; 0: training waits at once; n > 1: a loss can cost n - 1 steps more",
     )
     retry_seconds: NonNegativeFloat = Field(
         60.0, description="how long a failing storage operation is tried again"

@@ -218,6 +218,7 @@ def rows(output: str) -> dict[str, list[str]]:
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_all_faults_of_a_cluster_with_a_small_disk(nodes: str, disk: Path, tmp_path: Path) -> None:
     result = chaos(tmp_path, nodes, str(disk))
@@ -236,6 +237,7 @@ def test_all_faults_of_a_cluster_with_a_small_disk(nodes: str, disk: Path, tmp_p
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_faults_with_an_object_store(nodes: str, s3: S3Server, tmp_path: Path) -> None:
     faults = [Fault.CUT_STORAGE, Fault.KILL_WORKER, Fault.CORRUPT_CHECKPOINT, Fault.FULL_DISK]

@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -139,7 +139,7 @@ class CheckpointWriter:
             return [*good, 0.0, 0.0]
         return [0.0, 0.0, *good] if self._mesh.rank == 0 else [0.0] * NUM_SIGNALS
 
-    def advance(self, sums: list[float]) -> Outcome | None:
+    def advance(self, sums: Sequence[float]) -> Outcome | None:
         """Go on after an exchange.
 
         Args:

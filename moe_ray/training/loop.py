@@ -3,8 +3,9 @@
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,21 +137,23 @@ class _Loop:
         lr = learning_rate(step, config.train.steps, config.optim)
         signals = [*self._writer.signals(), *asked(), sample_checksum(batches)]
         try:
-            result = train_step(self._trainer, batches, lr, signals)
+            result = train_step(self._trainer, batches, lr, signals, partial(self._follow_checkpoint, done))
         except TrainingError as error:
             raise type(error)(f"step {done}: {error.problem}", error.fix) from None
         self._interval.add(result, time.perf_counter() - started)
         if clock.enabled:
             self._log_step(done, lr, result, evaluates)
-        sums = list(result.signals)
-        self._settle(self._writer.advance(sums[:NUM_SIGNALS]))
-        overlap = config.checkpoint.overlap_steps
-        if self._writer.pending_step is not None and done - self._writer.pending_step >= overlap:
-            self._settle(self._writer.finish())
         self._check_finite(result, done)
-        request = heaviest(sums[NUM_SIGNALS:-1])
+        request = heaviest(result.signals[NUM_SIGNALS:-1])
         self._save_if_due(done, request)
         return request
+
+    def _follow_checkpoint(self, done: int, sums: Sequence[float]) -> None:
+        """Before the update of a step: one that waited for it later would be lost with it."""
+        self._settle(self._writer.advance(sums[:NUM_SIGNALS]))
+        pending, overlap = self._writer.pending_step, self._trainer.config.checkpoint.overlap_steps
+        if pending is not None and done - pending >= overlap:
+            self._settle(self._writer.finish())
 
     def close(self) -> None:
         """Write what is left of the metrics."""

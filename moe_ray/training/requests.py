@@ -6,6 +6,7 @@ together.
 
 import signal
 import threading
+from collections.abc import Sequence
 from enum import IntEnum
 
 
@@ -39,7 +40,7 @@ def answered(request: Request) -> None:
         _asked.discard(request)
 
 
-def heaviest(sums: list[float]) -> Request | None:
+def heaviest(sums: Sequence[float]) -> Request | None:
     """The weightiest request that any rank made."""
     return max((request for request in Request if sums[request] > 0), default=None)
 

@@ -4,7 +4,7 @@ Shapes: B sequences, S tokens of each, T tokens (B*S), E experts, L MoE layers, 
 """
 
 import math
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -66,7 +66,11 @@ class StepResult:
 
 
 def train_step(
-    trainer: Trainer, micro_batches: Iterable[MicroBatch], lr: float, signals: Sequence[float] = ()
+    trainer: Trainer,
+    micro_batches: Iterable[MicroBatch],
+    lr: float,
+    signals: Sequence[float] = (),
+    before_update: Callable[[Sequence[float]], None] = lambda sums: None,
 ) -> StepResult:
     """Accumulate gradients over this rank's micro-batches, reduce, clip and update.
 
@@ -75,6 +79,7 @@ def train_step(
             they are the global batch.
         lr: learning rate of this update.
         signals: numbers to be summed over the ranks along with the loss, equally many on every rank.
+        before_update: called with the sums of the signals when only the update is left to do.
 
     If the loss or a gradient is not finite, parameters, optimizer and routers stay as they were, on all ranks.
 
@@ -88,6 +93,7 @@ def train_step(
         reduce_gradients(trainer.model, mesh)
         grad_norm = clip_gradients(trainer.model, mesh, trainer.config.optim.clip_norm)
         loss, sums = _sum_over_world(mesh, loss_sum, routing, signals)
+    before_update(sums)
     result = StepResult(loss, grad_norm.item(), routing, _tokens_per_step(trainer.config), sums)
     if not result.is_finite:
         trainer.optimizer.zero_grad()
