@@ -10,7 +10,7 @@ SOURCES := moe_ray jobs serve_apps cluster benchmarks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2 quickstart stop test test-slow lint check format bench clean constraints
+.PHONY: help install smollm2 quickstart stop test test-slow test-exhaustive lint check format bench clean constraints
 
 help:
 	@echo "make quickstart   install, train a small model, evaluate it, serve it and ask it for text"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._common.constants import RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
@@ -28,9 +29,11 @@ class ElasticTrainer(TorchTrainer):
         arguments.pop("scaling_policy")
         arguments.pop("failure_policy")
         node = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}  # ty: ignore
-        remote = ray.remote(
-            num_cpus=0, label_selector=node, runtime_env={"env_vars": get_env_vars_to_propagate()}
-        )(ElasticController)
+        # Blocking calls in the controller are Ray Train's own way; it silences the warning likewise.
+        environment = {RAY_WARN_BLOCKING_GET_INSIDE_ASYNC_ENV_VAR: "0"} | get_env_vars_to_propagate()
+        remote = ray.remote(num_cpus=0, label_selector=node, runtime_env={"env_vars": environment})(
+            ElasticController
+        )
         controller: Any = remote.remote(settings=self._settings, **arguments)
         with _stop_on_signals(controller):
             ray.get(controller.run.remote())
