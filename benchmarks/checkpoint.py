@@ -32,6 +32,7 @@ def make_config(arguments: argparse.Namespace, folder: Path, name: str, every: i
     tree: dict[str, Any] = {
         "model": {**model, "expert_dim": arguments.expert_dim},
         "data": {"path": str(folder / "data")},
+        "optim": {"warmup_steps": 5},
         "train": {**train, "name": name, "storage": arguments.storage or str(folder), "dtype": arguments.dtype},
         "checkpoint": {"every": every, "keep_last": 1, "overlap_steps": arguments.overlap_steps},
     }

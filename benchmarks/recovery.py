@@ -10,6 +10,7 @@ optimizer and data are where they were) and first step, which is the rest.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -160,8 +161,13 @@ class _child:  # noqa: N801
 
 
 def _workers() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline()[:1])]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        # One may end while it is looked at.
+        with contextlib.suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(child.cmdline()[:1]):
+                found.append(child)
+    return found
 
 
 def _kill_a_worker() -> float:

@@ -78,7 +78,7 @@ class ParallelConfig(Section):
         60.0, description="a world that could grow trains for at least this long before it restarts larger"
     )
     max_failures: PositiveInt = Field(
-        5, description="failures in a row without a finished step in between before training gives up"
+        5, description="failures in a row without a new checkpoint in between before training gives up"
     )
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moe_ray.checkpoint.attempt import Attempt
 from moe_ray.checkpoint.writer import CheckpointWriter, Origin, Outcome
 from moe_ray.config import Config, build_config
 from moe_ray.parallel.layout import Shard, init_optimizer_state, model_shards, optimizer_shards
@@ -63,7 +64,9 @@ def live(trainer: Trainer, run: Storage, steps: Sequence[int], extra: bytes = b"
         extra: content of one more file.
     """
     files = SMALL_FILES | ({"extra.bin": extra} if extra else {})
-    origin = Origin(trainer.config, run, "life", lambda: True, "digest", files)
+    attempt = Attempt(run, "life", lambda: True)
+    attempt.claim()
+    origin = Origin(trainer.config, run, attempt, "digest", files)
     writer = CheckpointWriter(origin, trainer.mesh, trainer.model, trainer.optimizer)
     for step in steps:
         give_state(trainer, step)

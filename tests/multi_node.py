@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +144,13 @@ def _start_of(metrics: dict[str, Any]) -> tuple[int, int]:
 
 def train_workers() -> list[psutil.Process]:
     """Ray Train workers among this process's descendants."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline()[:1])]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        # One may end while it is looked at.
+        with suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(child.cmdline()[:1]):
+                found.append(child)
+    return found
 
 
 def signal_worker(number: signal.Signals) -> psutil.Process:

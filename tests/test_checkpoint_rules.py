@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from moe_ray.checkpoint.attempt import Attempt
 from moe_ray.checkpoint.catalog import list_steps, resolve_checkpoint
 from moe_ray.checkpoint.inference import load_for_inference
 from moe_ray.checkpoint.load import load_shards
@@ -134,9 +135,10 @@ def one_rank_of_saving(rank: int, layouts: list[Layout], folder: Path) -> None:
         for shards in shards_of(trainer).values():
             for name, shard in shards.items():
                 shard.local.copy_(part_of_state(name, shard))
-        origin = Origin(
-            trainer.config, open_storage(folder / str(LAYOUTS.index(layout))), "a", lambda: True, "", {}
-        )
+        run = open_storage(folder / str(LAYOUTS.index(layout)))
+        attempt = Attempt(run, "a", lambda: True)
+        attempt.claim()
+        origin = Origin(trainer.config, run, attempt, "", {})
         writer = CheckpointWriter(origin, trainer.mesh, trainer.model, trainer.optimizer)
         writer.begin(1, {})
         assert writer.finish() is Outcome.SAVED

@@ -18,6 +18,7 @@ from cluster.local import LocalCluster
 from moe_ray.checkpoint.catalog import list_checkpoints, read_manifest
 from moe_ray.telemetry.run_log import read_metrics
 from tests.conftest import RayCluster
+from tests.multi_node import train_workers
 from tests.tiny import copy_corpus, tiny_settings
 
 pytestmark = pytest.mark.cluster
@@ -100,12 +101,6 @@ def running(job: Job) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     for process in started:
         process.kill()
         process.wait()
-
-
-def train_workers() -> list[psutil.Process]:
-    """Ray Train workers among this process's descendants."""
-    children = psutil.Process().children(recursive=True)
-    return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline()[:1])]
 
 
 def test_undisturbed_run_learns(undisturbed: list[float]) -> None:

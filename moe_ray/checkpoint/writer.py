@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +19,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from moe_ray.checkpoint.attempt import Attempt
 from moe_ray.checkpoint.catalog import checkpoint_name, drop_unlisted, list_steps, read_step, remove
 from moe_ray.checkpoint.manifest import (
     MANIFEST,
@@ -33,7 +34,7 @@ from moe_ray.checkpoint.manifest import (
 from moe_ray.checkpoint.retention import steps_to_keep
 from moe_ray.checkpoint.snapshot import take_snapshot
 from moe_ray.config import Config
-from moe_ray.errors import CheckpointError, MoeRayError, StorageError
+from moe_ray.errors import CheckpointError, ConfigError, MoeRayError, StorageError
 from moe_ray.models.transformer import Transformer
 from moe_ray.parallel.layout import Shard, model_shards, optimizer_shards
 from moe_ray.parallel.mesh import Mesh
@@ -58,17 +59,15 @@ class Origin:
     Attributes:
         config: the resolved settings.
         run: the storage of the run.
-        attempt: names this start of the workers; files carry it, so that a process that was taken for dead
+        attempt: this start of the workers; files carry its name, so that a process that was taken for dead
             cannot touch those of its successors.
-        may_publish: whether this start of the workers still is the one that trains the run; asked by rank 0.
         data_digest: identity of the training tokens, to be compared on resume.
         small_files: the tokenizer's, and those that came with the weights the run started from, by name.
     """
 
     config: Config
     run: Storage
-    attempt: str
-    may_publish: Callable[[], bool]
+    attempt: Attempt
     data_digest: str
     small_files: Mapping[str, bytes]
 
@@ -78,6 +77,7 @@ class _Pending:
     step: int
     metrics: Mapping[str, float]
     future: Future[None]
+    logged: Future[None] | None
     is_publishing: bool = False
     began: float = field(default_factory=time.perf_counter)
 
@@ -108,8 +108,11 @@ class CheckpointWriter:
         """The step whose checkpoint is being written."""
         return self._pending.step if self._pending else None
 
-    def begin(self, step: int, metrics: Mapping[str, float]) -> Outcome | None:
+    def begin(self, step: int, metrics: Mapping[str, float], logged: Future[None] | None = None) -> Outcome | None:
         """Take the snapshot of `step` finished steps and start to write it; an earlier one is finished first.
+
+        Args:
+            logged: waited for, good or bad, before the checkpoint becomes visible.
 
         Returns:
             The outcome of the earlier one, if there was one.
@@ -124,7 +127,7 @@ class CheckpointWriter:
             tensors = {name: shard.local for name, shard in share.items()}
             self._images[kind] = take_snapshot(tensors, self._images.get(kind))
         parts = {kind: {name: _part(shard) for name, shard in share.items()} for kind, share in shares.items()}
-        self._pending = _Pending(step, dict(metrics), self._thread.submit(self._write_share, step, parts))
+        self._pending = _Pending(step, dict(metrics), self._thread.submit(self._write_share, step, parts), logged)
         self.stall_seconds = time.perf_counter() - started
         return earlier
 
@@ -157,7 +160,7 @@ class CheckpointWriter:
         if failed:
             return self._end(Outcome.FAILED)
         pending.is_publishing = True
-        pending.future = self._thread.submit(self._publish, pending.step, pending.metrics)
+        pending.future = self._thread.submit(self._publish, pending)
         return None
 
     def finish(self) -> Outcome | None:
@@ -190,10 +193,12 @@ class CheckpointWriter:
                 entries.append(_write(folder, name, kind, memoryview(content)))
         folder.write(f"entries-{suffix}.json", _ENTRIES.dump_json(entries))
 
-    def _publish(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _publish(self, pending: _Pending) -> None:
         if self._mesh.rank != 0:
             return
-        origin = self._origin
+        if pending.logged is not None:
+            wait((pending.logged,))
+        origin, step = self._origin, pending.step
         folder = origin.run.child(checkpoint_name(step))
         shares = [folder.read(f"entries-{self._suffix(rank)}.json") for rank in range(self._mesh.world_size)]
         files = [entry for share in shares for entry in _ENTRIES.validate_json(share)]
@@ -206,23 +211,21 @@ class CheckpointWriter:
             rng_seed=origin.config.train.seed,
             world_size=self._mesh.world_size,
             ep=self._mesh.ep,
-            metrics=metrics,
+            metrics=pending.metrics,
             config=origin.config.model_dump(mode="json"),
             files=tuple(files),
         )
-        if not origin.may_publish():
-            raise StorageError(
-                f"the run {origin.run.uri!r} is trained by another job now.", "leave it to that job, or stop it."
-            )
+        origin.attempt.check()
         folder.write(MANIFEST, encode_manifest(manifest))
         # The checkpoint exists: what follows only makes room, and is made up for at the next one if it fails.
         try:
             self._make_room(folder, manifest)
-        except StorageError as error:
+        except (StorageError, ConfigError) as error:
             _logger.warning("old checkpoints could not be removed: %s", error.problem)
 
     def _make_room(self, folder: Storage, manifest: Manifest) -> None:
         run = self._origin.run
+        self._origin.attempt.check()
         drop_unlisted(run, manifest, folder.list())
         self._metrics[manifest.step] = manifest.metrics
         # One with a damaged manifest neither counts nor goes: the next start sets it aside.
@@ -242,11 +245,12 @@ class CheckpointWriter:
     def _discard(self, step: int) -> None:
         with suppress(MoeRayError):
             name = checkpoint_name(step)
+            self._origin.attempt.check()
             if not self._origin.run.exists(f"{name}/{MANIFEST}"):
                 self._origin.run.delete(name)
 
     def _suffix(self, rank: int) -> str:
-        return f"{rank:05d}-{self._origin.attempt}"
+        return f"{rank:05d}-{self._origin.attempt.name}"
 
 
 def _my_share(shards: Mapping[str, Shard]) -> dict[str, Shard]:

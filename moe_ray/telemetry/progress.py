@@ -42,13 +42,13 @@ class ProgressLine:
         loss = metrics["loss"]
         summary = (
             f"loss {'skipped' if loss is None else f'{loss:.3f}'}  {metrics['tokens_per_second']:,.0f} tokens/s  "
-            f"load cv {metrics['load_cv']:.2f}  ETA {eta}"
+            f"load cv {metrics['load_cv'] or 0:.2f}  ETA {eta}"
         )
         if metrics.get("dropped_fraction"):
             summary += f"  dropped {metrics['dropped_fraction']:.0%}"
         if metrics.get("dead_experts"):
             summary += f"  dead experts {metrics['dead_experts']}"
-        if "val_perplexity" in metrics:
+        if metrics.get("val_perplexity") is not None:
             summary += f"  val perplexity {metrics['val_perplexity']:.1f}"
         if not self._stream.isatty():
             print(f"step {metrics['step']}/{self._total}  {summary}", file=self._stream, flush=True)

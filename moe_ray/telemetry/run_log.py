@@ -4,6 +4,7 @@
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -39,7 +40,7 @@ class RunLog:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line."""
-        self._pending += json.dumps(record, allow_nan=False).encode() + b"\n"
+        self._pending += json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
         try:
             self._write(wait=False)
         except (OSError, StorageError) as error:
@@ -47,10 +48,11 @@ class RunLog:
                 _logger.warning("%s cannot be written now: %s", self._name, error)
             self._warned = True
 
-    def flush(self) -> None:
-        """Begin to write what is left, without a wait for the next line or for its end."""
-        if self._run.local is None:
-            self._begin_upload()
+    def flush(self) -> Future[None] | None:
+        """Start to upload what an object store does not have yet; returns the upload."""
+        if self._run.local is not None:
+            return None
+        return self._begin_upload()
 
     def close(self) -> None:
         """Write what is left.
@@ -121,6 +123,15 @@ def _read(run: Storage, name: str) -> bytes:
         return run.read(name)
     except FileNotFoundError:
         return b""
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _append(path: Path, content: bytes) -> None:

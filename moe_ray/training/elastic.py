@@ -14,8 +14,12 @@ from typing import Any
 
 import psutil
 import ray
-from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckTimeoutError
-from ray.train.v2._internal.execution.callback import ReportCallback, WorkerGroupCallback
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import (
@@ -27,6 +31,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from moe_ray.checkpoint.catalog import list_steps
 from moe_ray.config import Config, build_config
 from moe_ray.errors import MoeRayError, StorageError, TrainingError
 from moe_ray.parallel.plan import best_world
@@ -158,22 +163,19 @@ class WorldPolicy(ElasticScalingPolicy):
         return ResizeDecision(num_workers=count, resources_per_worker=self._per_worker)
 
 
-class RetryPolicy(FailurePolicy, ReportCallback):
+class RetryPolicy(FailurePolicy):
     """Try again whatever may pass by itself; give up on what the user must mend, and on what never gets on."""
 
     def __init__(
         self, failure_config: Any, config: Config, events: Events, delay: Callable[[float], None]
     ) -> None:
         super().__init__(failure_config)
+        self._run = open_storage(config.train.run_uri, retry_seconds=1.0)
         self._delay = delay
         self._limit = config.parallel.max_failures
         self._events = events
         self._failures = 0
-        self._newest_step = self._step_at_failure = 0
-
-    def after_report(self, training_report: Any, metrics: list[dict[str, Any]]) -> None:
-        """Remember how far the run has come."""
-        self._newest_step = max(self._newest_step, int(metrics[0].get("step", 0)))
+        self._saved_at_failure = -1
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         """Whether the workers are started again."""
@@ -183,8 +185,9 @@ class RetryPolicy(FailurePolicy, ReportCallback):
             return FailureDecision.RETRY  # nodes left meanwhile: the next count knows
         causes = root_causes(training_failed_error)
         error = our_error(causes)
-        self._failures = self._failures + 1 if self._newest_step <= self._step_at_failure else 1
-        self._step_at_failure = self._newest_step
+        saved = self._newest_saved_step()
+        self._failures = self._failures + 1 if saved <= self._saved_at_failure else 1
+        self._saved_at_failure = max(saved, self._saved_at_failure)
         is_bug = error is None and any(isinstance(cause, _BUGS) for cause in causes)
         retry = not is_bug and isinstance(error, StorageError | None) and self._failures <= self._limit
         if isinstance(error, StorageError):
@@ -194,16 +197,24 @@ class RetryPolicy(FailurePolicy, ReportCallback):
             if isinstance(training_failed_error, WorkerGroupError)
             else []
         )
-        reason = _one_line(error or (causes[0] if causes else training_failed_error))
+        dead = [cause for cause in causes if isinstance(cause, WorkerHealthCheckFailedError)]
+        reason = _one_line(error or next(iter([*dead, *causes]), training_failed_error))
         self._events.add(
             "failure",
             f"workers {ranks} failed ({reason}); {'starting again' if retry else 'giving up'}",
             reason=reason,
             ranks=ranks,
             retry=retry,
-            step=self._newest_step,
+            saved_step=saved,
         )
         return FailureDecision.RETRY if retry else FailureDecision.RAISE
+
+    def _newest_saved_step(self) -> int:
+        """How far the run has come for good; what was not saved will be done again."""
+        try:
+            return max(list_steps(self._run), default=0)
+        except StorageError:
+            return 0
 
 
 class _TakeNotice(WorkerGroupCallback):
@@ -228,10 +239,11 @@ class ElasticController(TrainController):
         )
         retry = RetryPolicy(train_run_context.run_config.failure_config, config, self._events, self._policy.delay)
         rest |= {"scaling_policy": self._policy, "failure_policy": retry}
-        super().__init__(train_run_context=train_run_context, callbacks=[*callbacks, retry, _TakeNotice()], **rest)
+        super().__init__(train_run_context=train_run_context, callbacks=[*callbacks, _TakeNotice()], **rest)
 
     async def stop(self) -> None:
         """Ask the workers to save and end; without any, end at once."""
+        self._events.add("stop", "a signal asked the run to save and end")
         self._policy.is_stopping = True
         self._ask(Request.STOP)
 
@@ -310,6 +322,8 @@ def _kill_worker(pid: int) -> None:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, WorkerHealthCheckFailedError):
+        return "its process or node died"
     text = error.problem if isinstance(error, MoeRayError) else str(error)
     lines = [line for line in text.strip().splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"[:300]

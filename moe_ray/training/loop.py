@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from moe_ray.checkpoint.attempt import Attempt
 from moe_ray.checkpoint.manifest import TOKENIZER
 from moe_ray.checkpoint.writer import NUM_SIGNALS, CheckpointWriter, Origin, Outcome
 from moe_ray.config import Config
 from moe_ray.data.batches import MicroBatch, micro_batches, train_batch
 from moe_ray.data.reader import TokenData, open_data
-from moe_ray.errors import StorageError, TrainingError
+from moe_ray.errors import ANOTHER_RANK, MoeRayError, StorageError, TrainingError, UserError
 from moe_ray.parallel.layout import init_optimizer_state
 from moe_ray.parallel.mesh import Mesh
 from moe_ray.parallel.shard import build_sharded_model
@@ -66,6 +67,7 @@ def train(
 
     Raises:
         CheckpointError: all checkpoints of the run are damaged, or they are of another architecture.
+        ConfigError: another job trains the run.
         OutOfMemoryError: a step needs more memory than there is.
         StorageError: too many checkpoints in a row could not be written.
         TrainingError: too many steps in a row were not finite.
@@ -78,9 +80,10 @@ def train(
     init_optimizer_state(optimizer)
     trainer = Trainer(config, mesh, model, optimizer, clock)
     data = open_data(data_dir, config.data.sequence_length)
-    restored = restore(trainer, run, data)
+    attempt = Attempt(run, _name_attempt(mesh), may_publish)
+    restored = restore(trainer, run, data, attempt.claim)
     files = small_files(config, run, restored.step, data.folder / TOKENIZER)
-    origin = Origin(config, run, _name_attempt(mesh), may_publish, data.index.digest, files)
+    origin = Origin(config, run, attempt, data.index.digest, files)
     constants = {
         "resumed_step": restored.step,
         "redone_steps": restored.redone_steps,
@@ -204,10 +207,9 @@ class _Loop:
         if not (last or request is not None or again or done % every == 0):
             return
         self._last_try = done
-        if self._log is not None:
-            # Steps that a checkpoint saves are not done again: their lines must not be lost.
-            self._log.flush()
-        self._settle(self._writer.begin(done, self._latest))
+        # Steps that a checkpoint saves are not done again: their lines must be safe before it is visible.
+        logged = self._log.flush() if self._log is not None else None
+        self._settle(self._writer.begin(done, self._latest, logged))
         must_be_whole = last or request in (Request.RESTART, Request.STOP)
         if must_be_whole or self._trainer.config.checkpoint.overlap_steps == 0:
             self._settle(self._writer.finish(), must_be_whole)
@@ -222,15 +224,19 @@ class _Loop:
             self._failed_saves = 0
             return
         self._failed_saves += 1
-        limit = self._trainer.config.checkpoint.max_failures
-        problem = self._writer.problem or "another rank could not write its share"
+        limit, problem = self._trainer.config.checkpoint.max_failures, self._writer.problem
+        if isinstance(problem, UserError):
+            raise problem
+        reason = problem.problem if isinstance(problem, MoeRayError) else problem
         if must_be_whole or self._failed_saves >= limit:
+            if problem is None:
+                raise TrainingError(ANOTHER_RANK, "see the error of that rank.")
             raise StorageError(
-                f"{self._failed_saves} checkpoints in a row could not be written: {problem}",
+                f"{self._failed_saves} checkpoints in a row could not be written: {reason}",
                 "free space or mend the storage and run the same command again; earlier checkpoints are intact.",
             )
-        if self._writer.problem is not None:
-            _logger.warning("a checkpoint could not be written; training goes on: %s", problem)
+        if problem is not None:
+            _logger.warning("a checkpoint could not be written; training goes on: %s", reason)
 
 
 def _train_batches(config: Config, data: TokenData, step: int, mesh: Mesh) -> list[MicroBatch]:

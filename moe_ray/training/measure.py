@@ -30,7 +30,8 @@ class Interval:
         self.steps += 1
         self.skipped += not result.is_finite
         self.seconds += seconds
-        self.routing = result.routing if self.routing is None else self.routing + result.routing
+        if result.is_finite:
+            self.routing = result.routing if self.routing is None else self.routing + result.routing
 
 
 def step_metrics(trainer: Trainer, done: int, lr: float, result: StepResult, interval: Interval) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def step_metrics(trainer: Trainer, done: int, lr: float, result: StepResult, int
     """
     phases = trainer.clock.take()
     step_seconds = interval.seconds / interval.steps
-    assert interval.routing is not None
+    routing, finite_steps = interval.routing or result.routing, max(1, interval.steps - interval.skipped)
     is_finite = result.is_finite
     return {
         "step": done,
@@ -53,7 +54,7 @@ def step_metrics(trainer: Trainer, done: int, lr: float, result: StepResult, int
         "tokens_per_second": result.num_tokens / step_seconds,
         "step_seconds": step_seconds,
         **{f"{phase}_seconds": seconds for phase, seconds in phases.items()},
-        **interval.routing.metrics(result.num_tokens * interval.steps),
+        **routing.metrics(result.num_tokens * finite_steps),
         "memory_bytes": _memory_bytes(trainer.mesh.device),
         "world_size": trainer.mesh.world_size,
         "ep": trainer.mesh.ep,

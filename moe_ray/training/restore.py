@@ -48,10 +48,13 @@ class Restored:
     redone_steps: int
 
 
-def restore(trainer: Trainer, run: Storage, data: TokenData) -> Restored:
+def restore(trainer: Trainer, run: Storage, data: TokenData, claim: Callable[[], None] = lambda: None) -> Restored:
     """Load the newest good checkpoint, or what the run starts from; all ranks call it.
 
     Each rank reads and verifies the files that it needs; a checkpoint counts as good if all ranks find it so.
+
+    Args:
+        claim: called on rank 0 before anything of the run is changed; raises if the run is another's.
 
     Raises:
         CheckpointError: all checkpoints of the run are damaged, or they are of another architecture or data.
@@ -73,6 +76,7 @@ def restore(trainer: Trainer, run: Storage, data: TokenData) -> Restored:
     def forget() -> None:
         nonlocal redone
         if mesh.rank == 0:
+            claim()
             redone = max([step, *(metrics["step"] for metrics in read_metrics(run))]) - step
             tidy(run, step)
             drop_metrics_after(run, step)
