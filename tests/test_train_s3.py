@@ -85,7 +85,7 @@ def test_a_killed_run_resumes_on_the_undisturbed_curve(
     assert {m["resumed_step"] for m in metrics} <= {0, saved}
     assert metrics[-1]["resumed_step"] == saved
     assert list_steps(storage) == [8, 12]
-    names = {"metrics.jsonl"}
+    names = {"attempt", "metrics.jsonl"}
     for step in (8, 12):
         files = ["manifest.json", *(entry.name for entry in read_step(storage, step).files)]
         names |= {f"checkpoints/step-{step:08d}/{name}" for name in files}

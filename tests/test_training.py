@@ -15,7 +15,7 @@ from moe_ray.checkpoint.catalog import list_checkpoints, read_manifest
 from moe_ray.checkpoint.inference import load_for_inference
 from moe_ray.config import Config, build_config, load_config
 from moe_ray.data.prepare import prepare
-from moe_ray.errors import StorageError, TrainingError
+from moe_ray.errors import ConfigError, StorageError, TrainingError
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.telemetry.run_log import read_metrics
 from moe_ray.training.loop import train
@@ -211,3 +211,43 @@ def test_without_the_load_balancing_loss_the_load_collapses(tmp_path: Path) -> N
     assert last["balanced"]["load_cv"] < 0.3
     assert last["balanced"]["load_variance"] < 0.1
     assert last["collapsed"]["load_cv"] > 1.0
+
+
+def test_metrics_that_are_not_finite_are_null(make_config: Callable[..., Config]) -> None:
+    config = make_config("optim.lr=1e18", "optim.warmup_steps=0", "train.eval_every=1", "train.max_bad_steps=2")
+    data_dir = prepare(config)
+    with pytest.raises(TrainingError, match="2 steps in a row"):
+        train(config, build_mesh(1), data_dir, lambda metrics: None)
+    metrics = read_metrics(config.train.run_dir)
+    assert [m["skipped_steps"] for m in metrics][-2:] == [1, 1]
+    assert metrics[-1]["loss"] is None
+
+
+def test_a_job_that_lost_the_run_changes_nothing(make_config: Callable[..., Config]) -> None:
+    config = make_config("train.steps=4")
+    run(config)
+    folder = config.train.run_dir
+    (folder / "checkpoints/step-00000008").mkdir()
+    (folder / "checkpoints/step-00000008/half").write_text("of its successor")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    longer = make_config("train.steps=8")
+    with pytest.raises(ConfigError, match="is trained by another job"):
+        train(longer, build_mesh(1), prepare(longer), lambda metrics: None, lambda: False)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_start_that_wakes_up_beside_its_successor_publishes_nothing(make_config: Callable[..., Config]) -> None:
+    config = make_config("train.steps=6", "checkpoint.every=2", "checkpoint.keep_last=1")
+    data_dir = prepare(config)
+    successors: list[list[float]] = []
+
+    def is_ours() -> bool:
+        """Asked when step 2 is to be published: by then another start has trained the run to its end."""
+        if not successors and (config.train.run_dir / "checkpoints/step-00000002").exists():
+            successors.append(losses(run(config)))
+        return True
+
+    with pytest.raises(ConfigError, match="by a later start of this one"):
+        train(config, build_mesh(1), data_dir, lambda metrics: None, is_ours)
+    (checkpoint,) = list_checkpoints(config.train.run_dir)
+    assert load_for_inference(checkpoint).step == 6

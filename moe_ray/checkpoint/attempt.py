@@ -41,11 +41,14 @@ class Attempt:
             ConfigError: another job or a later start of this one trains it.
             StorageError: the storage cannot be read now.
         """
+        if not self.is_ours():
+            raise self._superseded()
+        # Last, so that least time passes between this look and what follows.
         try:
             current = self.run.read(_FILE).decode(errors="replace")
         except FileNotFoundError:
             current = ""
-        if current != self.name or not self.is_ours():
+        if current != self.name:
             raise self._superseded()
 
     def _superseded(self) -> ConfigError:
