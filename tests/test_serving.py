@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 
+from moe_ray.checkpoint.attempt import Attempt
 from moe_ray.checkpoint.inference import load_for_inference
 from moe_ray.checkpoint.manifest import TOKENIZER
 from moe_ray.checkpoint.writer import CheckpointWriter, Origin, Outcome
@@ -64,9 +65,9 @@ def checkpoint(tmp_path_factory):
     optimizer.step()
     run = open_storage(config.train.run_uri)
     files = {TOKENIZER: (folder / TOKENIZER).read_bytes()}
-    writer = CheckpointWriter(
-        Origin(config, run, "a", lambda: True, "none", files), build_mesh(1), model, optimizer
-    )
+    attempt = Attempt(run, "attempt", lambda: True)
+    attempt.claim()
+    writer = CheckpointWriter(Origin(config, run, attempt, "none", files), build_mesh(1), model, optimizer)
     writer.begin(1, {})
     assert writer.finish() is Outcome.SAVED
     return folder / "tiny"
