@@ -172,6 +172,10 @@ class CheckpointWriter:
             outcome = self.advance(self._mesh.sum_over_world(sums).tolist())
         return outcome
 
+    def close(self) -> None:
+        """Wait until what failed is removed, too."""
+        self._thread.shutdown()
+
     def _end(self, outcome: Outcome) -> Outcome:
         pending, self._pending = self._pending, None
         assert pending is not None

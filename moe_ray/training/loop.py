@@ -159,7 +159,8 @@ class _Loop:
             self._settle(self._writer.finish())
 
     def close(self) -> None:
-        """Write what is left of the metrics."""
+        """Write what is left of the metrics, and remove what is left of a failed checkpoint."""
+        self._writer.close()
         if self._log is not None:
             self._log.close()
 
@@ -229,6 +230,7 @@ class _Loop:
             raise problem
         reason = problem.problem if isinstance(problem, MoeRayError) else problem
         if must_be_whole or self._failed_saves >= limit:
+            self._writer.close()
             if problem is None:
                 raise TrainingError(ANOTHER_RANK, "see the error of that rank.")
             raise StorageError(
