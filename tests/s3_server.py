@@ -33,9 +33,11 @@ class S3Server:
     """A running server.
 
     Attributes:
+        port: its own.
         proxy: the network in front of it; a test that breaks it mends it.
     """
 
+    port: int
     proxy: Proxy
 
     def uri(self, prefix: str) -> str:
@@ -61,14 +63,15 @@ def s3() -> Iterator[S3Server]:
         stack.callback(process.wait)
         stack.callback(process.kill)
         _wait_until_ready(process, port, folder)
-        yield S3Server(Proxy(("127.0.0.1", port)))
+        yield S3Server(port, Proxy(("127.0.0.1", port)))
 
 
 @pytest.fixture
 def breakable_s3(s3: S3Server) -> Iterator[S3Server]:
-    """The same server; its network is whole again after the test."""
-    yield s3
-    s3.proxy.mend()
+    """The same server behind a network of its own: late bytes of another test's connections do not count."""
+    breakable = S3Server(s3.port, Proxy(("127.0.0.1", s3.port)))
+    yield breakable
+    breakable.proxy.mend()
 
 
 @pytest.fixture(params=["disk", "s3"])

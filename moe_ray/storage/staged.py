@@ -32,5 +32,10 @@ def make_folder(folder: Path) -> None:
     """Create a folder and those it is in, durably; fine if it exists."""
     if not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            # Another process was faster. If it has removed it again, whoever writes there finds it missing.
+            if folder.is_file():
+                raise
         sync(folder.parent)
