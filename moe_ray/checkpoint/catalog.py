@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moe_ray.checkpoint.manifest import MANIFEST, FileEntry, Manifest, check_file, decode_manifest
@@ -146,14 +146,18 @@ def all_damaged(run: Storage, count: int) -> CheckpointError:
     )
 
 
-def tidy(run: Storage, step: int) -> None:
+def tidy(run: Storage, step: int) -> dict[int, Mapping[str, float]]:
     """Make the checkpoint of `step` (0: none) the newest one. Only the one writer of the run may call this.
 
     What a killed writer left is removed. Later checkpoints were passed over because they are damaged: like those
     whose manifest is, they lose their names, so that they neither count as newest nor push out good ones, but are
     kept for a look at them until their step is saved again.
+
+    Returns:
+        The metrics of each checkpoint that is left, by step.
     """
     run.clean()
+    metrics: dict[int, Mapping[str, float]] = {}
     for found, names in _folders(run).items():
         folder = checkpoint_name(found)
         if MANIFEST in names:
@@ -163,8 +167,10 @@ def tidy(run: Storage, step: int) -> None:
                 run.delete(f"{folder}/{MANIFEST}")
             else:
                 drop_unlisted(run, manifest, names)
+                metrics[found] = manifest.metrics
         elif DAMAGED not in names:
             run.delete(folder)
+    return metrics
 
 
 def drop_unlisted(run: Storage, manifest: Manifest, names: Iterable[str]) -> None:

@@ -15,10 +15,12 @@ from moe_ray.checkpoint.catalog import (
     list_steps,
     open_files,
     read_step,
+    remove,
     tidy,
 )
 from moe_ray.checkpoint.load import files_for, load_shards
 from moe_ray.checkpoint.manifest import FileKind, Manifest
+from moe_ray.checkpoint.retention import steps_to_keep
 from moe_ray.data.reader import TokenData
 from moe_ray.errors import ANOTHER_RANK, CheckpointError, MoeRayError, TrainingError
 from moe_ray.parallel.layout import Shard, model_shards, optimizer_shards
@@ -78,7 +80,10 @@ def restore(trainer: Trainer, run: Storage, data: TokenData, claim: Callable[[],
         if mesh.rank == 0:
             claim()
             redone = max([step, *(metrics["step"] for metrics in read_metrics(run))]) - step
-            tidy(run, step)
+            metrics = tidy(run, step)
+            # A start that was killed between the two made a checkpoint without room for it.
+            for old in metrics.keys() - steps_to_keep(metrics, trainer.config.checkpoint):
+                remove(run, old)
             drop_metrics_after(run, step)
 
     together(mesh, forget)
