@@ -102,6 +102,8 @@ class CheckpointWriter:
         self._metrics: dict[int, Mapping[str, float]] = {}
         self._pending: _Pending | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_yield_the_processor)
+        # New pages cost several times the copy itself: before the first step rather than at the first checkpoint.
+        self._copy_state()
 
     @property
     def pending_step(self) -> int | None:
@@ -119,14 +121,7 @@ class CheckpointWriter:
         """
         started = time.perf_counter()
         earlier = self.finish()
-        shares: dict[FileKind, dict[str, Shard]] = {
-            "model": _my_share(model_shards(self._model, self._mesh)),
-            "optimizer": _my_share(optimizer_shards(self._model, self._optimizer, self._mesh)),
-        }
-        for kind, share in shares.items():
-            tensors = {name: shard.local for name, shard in share.items()}
-            self._images[kind] = take_snapshot(tensors, self._images.get(kind))
-        parts = {kind: {name: _part(shard) for name, shard in share.items()} for kind, share in shares.items()}
+        parts = self._copy_state()
         self._pending = _Pending(step, dict(metrics), self._thread.submit(self._write_share, step, parts), logged)
         self.stall_seconds = time.perf_counter() - started
         return earlier
@@ -175,6 +170,16 @@ class CheckpointWriter:
     def close(self) -> None:
         """Wait until what failed is removed, too."""
         self._thread.shutdown()
+
+    def _copy_state(self) -> dict[FileKind, dict[str, Part]]:
+        shares: dict[FileKind, dict[str, Shard]] = {
+            "model": _my_share(model_shards(self._model, self._mesh)),
+            "optimizer": _my_share(optimizer_shards(self._model, self._optimizer, self._mesh)),
+        }
+        for kind, share in shares.items():
+            tensors = {name: shard.local for name, shard in share.items()}
+            self._images[kind] = take_snapshot(tensors, self._images.get(kind))
+        return {kind: {name: _part(shard) for name, shard in share.items()} for kind, share in shares.items()}
 
     def _end(self, outcome: Outcome) -> Outcome:
         pending, self._pending = self._pending, None
