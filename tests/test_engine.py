@@ -3,6 +3,7 @@
 import asyncio
 import random
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from moe_ray.models.transformer import build_model
 from moe_ray.serving.engine.detokenizer import Detokenizer, StopFilter
 from moe_ray.serving.engine.engine import Engine
 from moe_ray.serving.engine.request import Request, SamplingParams
-from moe_ray.serving.engine.sampler import make_generator, sample
+from moe_ray.serving.engine.sampler import Row, sample
 from moe_ray.serving.engine.scheduler import Scheduler, Sequence
 from moe_ray.serving.engine.thread import EngineThread
 
@@ -156,7 +157,12 @@ class TestSameTokens:
     def test_end_of_text_token_stops(self, model, tokenizer):
         tokens = greedy(model, tokenizer, [5, 6], 12)
         length = next(i for i in range(4, 12) if tokens[i] not in tokens[:i])
-        ending = SimpleNamespace(eos_id=tokens[length], vocab_size=tokenizer.vocab_size, decode=tokenizer.decode)
+        ending = SimpleNamespace(
+            eos_id=tokens[length],
+            stop_ids=frozenset({tokens[length]}),
+            vocab_size=tokenizer.vocab_size,
+            decode=tokenizer.decode,
+        )
         engine = Engine(model, ending, max_batch_size=1, max_context=MAX_CONTEXT)
         request = make_request("r", [5, 6], max_tokens=12)
         assert run(engine, request)[0][:3] == (tokenizer.decode(tokens[:length]), "stop", length + 1)
@@ -211,18 +217,14 @@ class TestSampling:
             (SamplingParams(top_p=1e-9), torch.tensor([1.0, 0, 0, 0, 0])),
             (SamplingParams(temperature=1e-300), torch.tensor([1.0, 0, 0, 0, 0])),
         ):
-            generator = torch.Generator().manual_seed(0)
-            choices = sample(logits_BV, [params] * 1500, [generator] * 1500)
+            choices = sample(logits_BV, [Row(replace(params, seed=seed)) for seed in range(1500)])
             counts = torch.bincount(torch.tensor([choice.token_id for choice in choices]), minlength=5)
             torch.testing.assert_close(counts / 1500, kept / kept.sum(), atol=0.04, rtol=0)
             assert not counts[kept == 0].any()
 
     def test_top_p_beyond_the_first_candidates(self):
         logits_BV = torch.zeros(1, 3000)
-        params = SamplingParams(top_p=0.99)
-        drawn = {
-            sample(logits_BV, [params], [make_generator(SamplingParams(seed=s))])[0].token_id for s in range(50)
-        }
+        drawn = {sample(logits_BV, [Row(SamplingParams(top_p=0.99, seed=s))])[0].token_id for s in range(50)}
         assert len(drawn) > 40
 
     def test_rows_do_not_see_each_other(self):
@@ -236,14 +238,13 @@ class TestSampling:
             SamplingParams(seed=4, temperature=0.3, logprobs=0),
             SamplingParams(seed=-5, top_k=3, top_p=0.9),
         ]
-        together = sample(logits_BV, params, [make_generator(p) for p in params])
-        alone = [sample(logits_BV[i : i + 1], [p], [make_generator(p)])[0] for i, p in enumerate(params)]
+        together = sample(logits_BV, [Row(p) for p in params])
+        alone = [sample(logits_BV[i : i + 1], [Row(p)])[0] for i, p in enumerate(params)]
         assert together == alone
 
     def test_logprobs_are_of_the_raw_logits(self):
         logits_BV = torch.tensor([[1.0, 3.0, 2.0]])
-        params = SamplingParams(temperature=0, logprobs=2)
-        choice = sample(logits_BV, [params], [make_generator(params)])[0]
+        choice = sample(logits_BV, [Row(SamplingParams(temperature=0, logprobs=2))])[0]
         reference = logits_BV[0].log_softmax(0)
         assert choice.logprob.chosen == pytest.approx(float(reference[1]))
         assert [token for token, _ in choice.logprob.top] == [1, 2]
@@ -255,7 +256,7 @@ class TestSampling:
     )
     def test_broken_logits_end_their_own_row_only(self, bad, params):
         logits_BV = torch.tensor([[0.0, bad, 1.0], [0.0, 9e9, 0.0]])
-        broken, fine = sample(logits_BV, [params] * 2, [make_generator(params)] * 2)
+        broken, fine = sample(logits_BV, [Row(params), Row(params)])
         assert broken.token_id is None
         assert fine.token_id == 1
 
@@ -271,7 +272,13 @@ class TestSampling:
             ("max_tokens", 0),
             ("max_tokens", -(10**400)),
             ("seed", 2**63),
-            ("logprobs", 6),
+            ("logprobs", 21),
+            ("min_p", 1.1),
+            ("presence_penalty", float("inf")),
+            ("frequency_penalty", -2.1),
+            ("repetition_penalty", 0.0),
+            ("logit_bias", ((1, 101.0),)),
+            ("logit_bias", ((1, 0.0),) * 1025),
             ("stop", ("",)),
             ("stop", ("a",) * 5),
             ("stop", ("a" * 1001,)),
