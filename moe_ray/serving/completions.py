@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from moe_ray.checkpoint.inference import InferenceModel
 from moe_ray.config import ServeConfig
-from moe_ray.errors import RequestError
+from moe_ray.errors import DataError, RequestError
 from moe_ray.serving.answers import ChatWire, CompletionWire, Exchange
 from moe_ray.serving.chat_template import TEMPLATE_FILE, find_chat_template
 from moe_ray.serving.engine import probe
@@ -209,7 +209,10 @@ class CompletionService:
         messages = [message.for_template() for message in request.messages]
         text = "".join(message["content"] for message in messages)
         check_length(self._tokenizer, text, self._max_context, "messages")
-        return tuple(self._chat_template.encode(messages, request.chat_template_kwargs))
+        try:
+            return tuple(self._chat_template.encode(messages, request.chat_template_kwargs))
+        except DataError as error:
+            raise RequestError(error.problem, error.fix, param="messages") from None
 
     def _inputs(self, request: EmbeddingRequest | RoutingRequest) -> list[tuple[int, ...]]:
         self.check_model(request.model)
