@@ -1,6 +1,7 @@
 """The generation engine: the same tokens as a plain forward pass, whatever shares the batch."""
 
 import asyncio
+import itertools
 import random
 import threading
 from dataclasses import replace
@@ -229,7 +230,7 @@ class TestSampling:
 
     def test_rows_do_not_see_each_other(self):
         torch.manual_seed(0)
-        logits_BV = torch.randn(6, 500)
+        logits_BV = torch.randn(8, 500)
         params = [
             SamplingParams(temperature=0),
             SamplingParams(seed=1),
@@ -237,6 +238,8 @@ class TestSampling:
             SamplingParams(seed=3, top_k=300),
             SamplingParams(seed=4, temperature=0.3, logprobs=0),
             SamplingParams(seed=-5, top_k=3, top_p=0.9),
+            SamplingParams(seed=6, min_p=0.2, presence_penalty=1.5, frequency_penalty=-0.5),
+            SamplingParams(seed=7, repetition_penalty=1.3, logit_bias=((3, 4.0), (5, -2.0))),
         ]
         together = sample(logits_BV, [Row(p) for p in params])
         alone = [sample(logits_BV[i : i + 1], [Row(p)])[0] for i, p in enumerate(params)]
@@ -490,6 +493,64 @@ class TestThread:
         asyncio.run(main())
         assert not engine._generations
         assert thread.is_alive
+
+    def test_calls_run_one_by_one_between_steps(self, thread, engine, monkeypatch):
+        order, step = [], engine.step
+
+        def noted_step():
+            order.append("step")
+            return step()
+
+        monkeypatch.setattr(engine, "step", noted_step)
+
+        def look(name):
+            assert threading.current_thread().name == "engine"
+            order.append(name)
+            return name
+
+        async def main():
+            async with thread.submit([make_request("r", [5], max_tokens=50)]) as stream:
+                names = await asyncio.gather(*[thread.call(lambda n=name: look(n)) for name in "abcd"])
+                assert names == list("abcd")
+                return await collect(stream)
+
+        assert asyncio.run(main())
+        places = [order.index(name) for name in "abcd"]
+        assert all("step" in order[first:second] for first, second in itertools.pairwise(places))
+
+    def test_failure_of_a_call_is_its_own(self, thread):
+        async def main():
+            with pytest.raises(ZeroDivisionError):
+                await thread.call(lambda: 1 / 0)
+            assert await thread.call(lambda: 5) == 5
+            thread.stop()
+            with pytest.raises(RequestError) as caught:
+                await thread.call(lambda: 5)
+            assert caught.value.status == 503
+
+        asyncio.run(main())
+
+    def test_too_many_calls_are_refused_and_stopping_ends_those_that_wait(self, thread):
+        begun, go = threading.Event(), threading.Event()
+
+        def block():
+            begun.set()
+            assert go.wait(10)
+
+        async def main():
+            running = asyncio.ensure_future(thread.call(block))
+            assert await asyncio.to_thread(begun.wait, 10)
+            waiting = [asyncio.ensure_future(thread.call(lambda: 1)) for _ in range(7)]
+            with pytest.raises(RequestError, match="6 requests are waiting"):
+                await waiting[6]
+            stopping = asyncio.ensure_future(asyncio.to_thread(thread.stop))
+            while thread.is_alive:
+                await asyncio.sleep(0)
+            go.set()
+            await asyncio.gather(running, stopping)
+            return await asyncio.gather(*waiting[:6], return_exceptions=True)
+
+        assert [error.status for error in asyncio.run(main())] == [503] * 6
 
     def test_engine_failure_reaches_every_request_and_health(self, thread, engine, monkeypatch):
         reached, fail = threading.Event(), threading.Event()
