@@ -14,6 +14,7 @@ from moe_ray.config import ModelConfig
 from moe_ray.data.tokenizer import train_tokenizer
 from moe_ray.errors import RequestError
 from moe_ray.models.transformer import build_model
+from moe_ray.serving.engine.adjust import adjust
 from moe_ray.serving.engine.detokenizer import Detokenizer, StopFilter
 from moe_ray.serving.engine.engine import Engine
 from moe_ray.serving.engine.request import Request, SamplingParams
@@ -244,6 +245,24 @@ class TestSampling:
         together = sample(logits_BV, [Row(p) for p in params])
         alone = [sample(logits_BV[i : i + 1], [Row(p)])[0] for i, p in enumerate(params)]
         assert together == alone
+
+    def test_penalties_and_biases_by_the_numbers(self):
+        params = SamplingParams(
+            presence_penalty=0.5,
+            frequency_penalty=0.25,
+            repetition_penalty=2.0,
+            logit_bias=((3, 1.5), (0, -1.0)),
+        )
+        row = Row(params, prompt_ids=(1, 4))
+        logits_BV = torch.tensor([[1.0, 2.0, 3.0, -4.0, -5.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+        first_BV = adjust(logits_BV, [row.adjustments, None])
+        torch.testing.assert_close(first_BV[0], torch.tensor([0.0, 1.0, 3.0, -2.5, -10.0]))
+        for token in (2, 2, 3):
+            assert row.accept(token)
+        second_BV = adjust(logits_BV, [row.adjustments, None])
+        torch.testing.assert_close(second_BV[0], torch.tensor([0.0, 1.0, 0.5, -7.25, -10.0]))
+        assert torch.equal(second_BV[1], logits_BV[1])
+        assert adjust(logits_BV, [None, None]) is logits_BV
 
     def test_logprobs_are_of_the_raw_logits(self):
         logits_BV = torch.tensor([[1.0, 3.0, 2.0]])
