@@ -108,20 +108,6 @@ def parse_prompts(prompt: Any, param: str = "prompt") -> list[Prompt]:
     )
 
 
-def completion_body(
-    completion_id: str, created: int, model: str, choices: Sequence[Any], usage: dict[str, int] | None = None
-) -> dict[str, Any]:
-    """A `Completion`."""
-    body = {
-        "id": completion_id,
-        "object": "text_completion",
-        "created": created,
-        "model": model,
-        "choices": list(choices),
-    }
-    return body if usage is None else {**body, "usage": usage}
-
-
 def choice_body(index: int, chunks: Sequence[Chunk], tokenizer: Tokenizer) -> dict[str, Any]:
     """A `CompletionChoice` out of consecutive chunks of a text."""
     logprobs = [logprob for chunk in chunks for logprob in chunk.logprobs]
