@@ -88,7 +88,7 @@ class Engine:
             return []
         generations = [self._generations[self._scheduler.active[slot].id] for slot in slots]
         logits_BV = self._model.logits(hidden_SD[_last_rows(spans, slots)])[:, : self._vocab_size]
-        choices = sample(logits_BV, [g.request.params for g in generations], [g.generator for g in generations])
+        choices = sample(logits_BV, [generation.row for generation in generations])
         for slot, choice in zip(slots, choices, strict=True):
             if choice.token_id is None:
                 # The slot's next sequence would see it: what is masked has weight 0, and 0 * NaN is NaN.
