@@ -121,7 +121,7 @@ class TestSameTokens:
             for chunk in engine.step():
                 texts[chunk.request_id] = texts.get(chunk.request_id, "") + chunk.text
                 ends[chunk.request_id] = (chunk.finish_reason, chunk.num_tokens)
-            most_active = max(most_active, len(engine._scheduler.active))
+            most_active = max(most_active, len(engine._scheduler.running))
             for name in cancelled:
                 if rng.random() < 0.2:
                     engine.cancel(name)
@@ -147,7 +147,7 @@ class TestSameTokens:
             before = len(sequence.tokens)
             engine.step()
             assert len(sequence.tokens) == before + 1
-            assert engine._scheduler.active[1].cached == 16 * (step + 1)
+            assert engine._scheduler.running[1].cached == 16 * (step + 1)
 
     def test_up_to_the_whole_context(self, engine, model, tokenizer):
         request = make_request("full", [3] * 10, max_tokens=MAX_CONTEXT - 10)
@@ -473,7 +473,7 @@ class TestThread:
             async with thread.submit([make_request(f"r{i}", [5], max_tokens=60) for i in range(6)]):
                 allowed.release()
                 assert await asyncio.to_thread(done.acquire, timeout=5)
-                assert len(engine._scheduler.active) == 4
+                assert len(engine._scheduler.running) == 4
             # One more step may have begun before the requests were dropped, but no third.
             allowed.release()
             async with asyncio.timeout(5):

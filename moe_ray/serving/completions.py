@@ -14,6 +14,7 @@ from moe_ray.config import ServeConfig
 from moe_ray.data.tokenizer import Tokenizer
 from moe_ray.errors import DataError, RequestError
 from moe_ray.serving import api
+from moe_ray.serving.engine.cache import FREE_SHARE
 from moe_ray.serving.engine.engine import Engine, check_faithful
 from moe_ray.serving.engine.request import Chunk, Request
 from moe_ray.serving.engine.thread import EngineThread, Stream
@@ -38,8 +39,15 @@ class CompletionService:
         self._max_unfinished = config.max_batch_size + config.max_queued_requests
         self.max_body_bytes = config.max_body_bytes
         self.model_body = api.model_body(model.name, int(model.path.stat().st_mtime))
+        # As if all replicas were on one node. One that has a whole GPU shares its memory with nobody.
+        sharers = 1 if config.gpus_per_replica >= 1 else config.max_replicas
         engine = Engine(
-            model.model, model.tokenizer, max_batch_size=config.max_batch_size, max_context=self._max_context
+            model.model,
+            model.tokenizer,
+            max_batch_size=config.max_batch_size,
+            max_context=self._max_context,
+            kv_cache_bytes=config.kv_cache_bytes,
+            free_share=FREE_SHARE / sharers,
         )
         self._engine = EngineThread(engine, self._max_unfinished)
 

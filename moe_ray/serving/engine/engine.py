@@ -1,21 +1,33 @@
 """Continuous batching: requests join and leave the running batch between any two tokens.
 
-Shapes: S tokens of a step, D model dim, B sequences that get a token, V vocabulary.
+Shapes: T tokens of a step, D model dim, B sequences that get a token, V vocabulary.
 """
+
+import heapq
+import logging
+import time
+from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 
 from moe_ray.config import ModelConfig
-from moe_ray.errors import ConfigError
+from moe_ray.errors import ConfigError, RequestError
 from moe_ray.models.transformer import Transformer
-from moe_ray.serving.engine.cache import KVCache, make_layout
+from moe_ray.serving.engine.blocks import BlockPool, root_digest
+from moe_ray.serving.engine.cache import BLOCK_TOKENS, FREE_SHARE, KVCache, blocks_of, count_blocks
 from moe_ray.serving.engine.generation import Generation
+from moe_ray.serving.engine.layout import make_layout
 from moe_ray.serving.engine.request import Chunk, Request, Tokenizer
+from moe_ray.serving.engine.runner import make_runner
 from moe_ray.serving.engine.sampler import sample
 from moe_ray.serving.engine.scheduler import Scheduler, Span
+from moe_ray.serving.engine.stats import EngineStats
 
 # Long enough to use the matrix units, short enough that running texts pause for tens of milliseconds.
 PREFILL_TOKENS = 256
+
+_logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -24,8 +36,14 @@ class Engine:
     Args:
         model: in eval mode; its dtype is that of the cache.
         max_batch_size: most requests in one forward pass; others wait.
-        max_context: most tokens of prompt plus completion; `max_batch_size` such caches are allocated at once.
+        max_context: most tokens of prompt plus completion.
         prefill_tokens: most prompt tokens of one step.
+        kv_cache_bytes: of the KV cache, which is allocated at once; None: see `count_blocks`.
+        free_share: of the free memory that a cache of no given size may take.
+        clock: seconds, as the deadlines of requests are given.
+
+    Raises:
+        ConfigError: the KV cache holds no text.
     """
 
     def __init__(
@@ -36,27 +54,80 @@ class Engine:
         max_batch_size: int,
         max_context: int,
         prefill_tokens: int = PREFILL_TOKENS,
+        kv_cache_bytes: int | None = None,
+        free_share: float = FREE_SHARE,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        weight = model.embed.weight
-        self._model = model
+        weight, max_blocks = model.embed.weight, blocks_of(max_context)
+        num_blocks = count_blocks(
+            model.config,
+            weight.dtype,
+            weight.device,
+            wanted=max_batch_size * max_blocks,
+            budget_bytes=kv_cache_bytes,
+            free_share=free_share,
+        )
         self._tokenizer = tokenizer
         self._device = weight.device
         # The model may have more rows than there are tokens; those are never sampled.
         self._vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
         self._max_context = max_context
-        self._windows = frozenset(map(model.config.window, range(model.config.num_layers)))
-        self._scheduler = Scheduler(max_batch_size, prefill_tokens)
-        self._cache = KVCache(model.config, max_batch_size, max_context, weight.dtype, weight.device)
+        self._pool = BlockPool(num_blocks)
+        if self._pool.num_blocks < max_blocks:
+            tokens = self._pool.num_blocks * BLOCK_TOKENS
+            _logger.warning("the KV cache holds %d tokens, fewer than a context of %d", tokens, max_context)
+        self._scheduler = Scheduler(
+            self._pool,
+            block_tokens=BLOCK_TOKENS,
+            max_running=max_batch_size,
+            max_blocks=max_blocks,
+            prefill_tokens=prefill_tokens,
+            root=root_digest(""),
+        )
+        cache = KVCache(model.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
+        self._runner = make_runner(model, cache)
         self._generations: dict[str, Generation] = {}
+        self._clock = clock
+        self._deadlines: list[tuple[float, str]] = []
+        self._prompt_tokens = self._computed_tokens = self._generated_tokens = self._missed_deadlines = 0
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
         return self._scheduler.has_work
 
+    def stats(self) -> EngineStats:
+        """What it has done and holds."""
+        scheduler, pool = self._scheduler, self._pool
+        return EngineStats(
+            waiting=scheduler.num_waiting,
+            running=len(scheduler.running),
+            queued_tokens=scheduler.queued_tokens,
+            blocks_total=pool.num_blocks,
+            blocks_used=pool.num_blocks - pool.num_free,
+            blocks_known=pool.num_unused_known,
+            prompt_tokens=self._prompt_tokens,
+            prefix_tokens=scheduler.prefix_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            computed_tokens=self._computed_tokens,
+            generated_tokens=self._generated_tokens,
+            preemptions=scheduler.preemptions,
+            missed_deadlines=self._missed_deadlines,
+        )
+
     def check(self, request: Request) -> None:
         """Raise a RequestError if the request cannot be served."""
         request.check(self._vocab_size, self._max_context)
+        # The last token that is generated needs no room.
+        tokens = len(request.prompt_ids) + request.params.max_tokens - 1
+        if blocks_of(tokens) > self._pool.num_blocks:
+            raise RequestError(
+                f"the prompt has {len(request.prompt_ids)} tokens and max_tokens={request.params.max_tokens}, "
+                f"together more than the {self._pool.num_blocks * BLOCK_TOKENS} that the KV cache holds.",
+                "shorten the prompt, lower max_tokens, or raise serve.kv_cache_bytes.",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
 
     def submit(self, request: Request) -> None:
         """Queue a request; chunks of its text come out of later steps.
@@ -68,32 +139,31 @@ class Engine:
         generation = Generation(request, self._tokenizer)
         self._generations[request.id] = generation
         self._scheduler.add(generation.sequence)
+        self._prompt_tokens += len(request.prompt_ids)
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.id))
 
     def cancel(self, request_id: str) -> None:
-        """Drop a request, whose slot is free from the next step on; unknown ones are ignored."""
+        """Drop a request, whose blocks are free at once; unknown ones are ignored."""
         generation = self._generations.pop(request_id, None)
         if generation is not None:
-            for move in self._scheduler.remove(generation.sequence):
-                self._cache.move(move)
+            self._scheduler.remove(generation.sequence, is_broken=generation.finish_reason == "error")
 
     @torch.inference_mode()
     def step(self) -> list[Chunk]:
         """Run one forward pass; returns the text that became certain, with the last chunk of each that ended."""
+        chunks = self._end_late()
         spans = self._scheduler.plan()
         if not spans:
-            return []
-        hidden_SD = self._forward(spans)
-        slots = self._scheduler.advance(spans)
-        if not slots:
-            return []
-        generations = [self._generations[self._scheduler.active[slot].id] for slot in slots]
-        logits_BV = self._model.logits(hidden_SD[_last_rows(spans, slots)])[:, : self._vocab_size]
+            return chunks
+        hidden_TD = self._forward(spans)
+        ended = self._scheduler.advance(spans)
+        if not ended:
+            return chunks
+        generations = [self._generations[spans[index].sequence.id] for index in ended]
+        logits_BV = self._runner.logits(hidden_TD[_last_rows(spans, ended)])[:, : self._vocab_size]
         choices = sample(logits_BV, [g.request.params for g in generations], [g.generator for g in generations])
-        for slot, choice in zip(slots, choices, strict=True):
-            if choice.token_id is None:
-                # The slot's next sequence would see it: what is masked has weight 0, and 0 * NaN is NaN.
-                self._cache.clear(slot)
-        chunks = []
+        self._generated_tokens += len(choices)
         for generation, choice in zip(generations, choices, strict=True):
             chunk = generation.append(choice)
             if chunk is not None:
@@ -102,14 +172,26 @@ class Engine:
                 self.cancel(generation.request.id)
         return chunks
 
+    def _end_late(self) -> list[Chunk]:
+        """End the requests whose deadline has passed."""
+        chunks = []
+        while self._deadlines and self._deadlines[0][0] <= self._clock():
+            deadline, request_id = heapq.heappop(self._deadlines)
+            generation = self._generations.get(request_id)
+            # Another request may have the name of one that ended before its deadline.
+            if generation is not None and generation.request.deadline == deadline:
+                chunks.append(generation.fail("deadline"))
+                self.cancel(request_id)
+                self._missed_deadlines += 1
+        return chunks
+
     def _forward(self, spans: list[Span]) -> torch.Tensor:
         tokens: list[int] = []
-        for span in spans:
-            tokens += self._scheduler.active[span.slot].tokens[span.start : span.end]
-        layout = make_layout(spans, self._windows, self._device)
-        tokens_1S = torch.tensor([tokens], device=self._device)
-        caches = self._cache.views(layout)
-        return self._model(tokens_1S, layout.position_T[None], caches).hidden_BSD[0]
+        for sequence, start, count in spans:
+            tokens += sequence.tokens[start : start + count]
+        self._computed_tokens += len(tokens)
+        layout = make_layout(spans, self._scheduler.tables_RM, BLOCK_TOKENS)
+        return self._runner.forward(torch.tensor(tokens, device=self._device), layout)
 
 
 def check_faithful(config: ModelConfig, allow_unfaithful_routing: bool) -> None:
@@ -126,10 +208,7 @@ def check_faithful(config: ModelConfig, allow_unfaithful_routing: bool) -> None:
         )
 
 
-def _last_rows(spans: list[Span], slots: list[int]) -> list[int]:
-    """Row of the last token of each of `slots` in the forward pass of `spans`, whose slots are 0, 1, …"""
-    rows, end = [], 0
-    for span in spans:
-        end += span.count
-        rows.append(end - 1)
-    return [rows[slot] for slot in slots]
+def _last_rows(spans: list[Span], indices: list[int]) -> list[int]:
+    """Row of the last token of each of these spans in the forward pass of all."""
+    ends = list(accumulate(span.count for span in spans))
+    return [ends[index] - 1 for index in indices]

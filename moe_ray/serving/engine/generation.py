@@ -17,7 +17,7 @@ class Generation:
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.request = request
-        self.sequence = Sequence(request.id, list(request.prompt_ids))
+        self.sequence = Sequence(request.id, list(request.prompt_ids), request.priority)
         self.generator = make_generator(request.params)
         self.finish_reason: FinishReason | None = None
         self._eos_id = tokenizer.eos_id
@@ -31,8 +31,7 @@ class Generation:
     def append(self, choice: Choice) -> Chunk | None:
         """Take the next token; returns what became certain, or None if that is nothing."""
         if choice.token_id is None:
-            self.finish_reason = "error"
-            return Chunk(self.request.id, "", (), "error", self._num_tokens)
+            return self.fail("error")
         self._num_tokens += 1
         if choice.token_id == self._eos_id:
             self.finish_reason = "stop"
@@ -52,6 +51,11 @@ class Generation:
         elif at_limit:
             self.finish_reason = "length"
         return self._release(text)
+
+    def fail(self, reason: FinishReason) -> Chunk:
+        """End it here, for a reason that is not in its text."""
+        self.finish_reason = reason
+        return Chunk(self.request.id, "", (), reason, self._num_tokens)
 
     def _release(self, text: str) -> Chunk | None:
         if self.finish_reason:

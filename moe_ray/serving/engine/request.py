@@ -11,7 +11,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1000
 MAX_LOGPROBS = 5
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error", "deadline"]
 
 
 class Tokenizer(Protocol):
@@ -91,11 +91,15 @@ class Request:
     Attributes:
         id: unique among the requests in the engine.
         prompt_ids: at least one token.
+        priority: requests of a higher one go first and may interrupt those of lower ones.
+        deadline: when it ends unfinished, in seconds of the monotonic clock; None: never.
     """
 
     id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    priority: int = 0
+    deadline: float | None = None
 
     def check(self, vocab_size: int, max_context: int) -> None:
         """Whether a model can serve it.
@@ -147,7 +151,7 @@ class Chunk:
         text: complete characters, which contain no part of a stop string.
         logprobs: the tokens of `text`, if the request asked for them.
         finish_reason: set in the last chunk only: an end-of-text token or stop string, `max_tokens` reached,
-            or the model failed.
+            the model failed, or the deadline passed.
         num_tokens: tokens generated so far, an end-of-text token included.
     """
 

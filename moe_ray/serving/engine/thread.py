@@ -5,12 +5,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
 from moe_ray.errors import RequestError
 from moe_ray.serving.engine.engine import Engine
-from moe_ray.serving.engine.request import Chunk, Request
+from moe_ray.serving.engine.request import Chunk, FinishReason, Request
+from moe_ray.serving.engine.stats import EngineStats
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ class EngineThread:
         self._commands: deque[Request | str] = deque()
         self._streams: dict[str, Stream] = {}
         self._accepting = True
+        self._stats = engine.stats()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -61,6 +64,16 @@ class EngineThread:
         with self._changed:
             self._commands.extend(request_ids)
             self._changed.notify()
+
+    def stats(self) -> EngineStats:
+        """What the engine had done and held before its current step, with what it has not yet looked at."""
+        with self._changed:
+            unseen = [command for command in self._commands if isinstance(command, Request)]
+            return replace(
+                self._stats,
+                waiting=self._stats.waiting + len(unseen),
+                queued_tokens=self._stats.queued_tokens + sum(len(request.prompt_ids) for request in unseen),
+            )
 
     def stop(self) -> None:
         """End all requests with an error and wait for the thread; called from outside it."""
@@ -98,6 +111,7 @@ class EngineThread:
                 self._engine.cancel(command)
             else:
                 self._engine.submit(command)
+        self._stats = self._engine.stats()
         return self._accepting
 
     def _deliver(self, chunks: Sequence[Chunk]) -> None:
@@ -117,7 +131,7 @@ class Stream:
     Iteration ends after the last chunk of the last request. Leaving the context drops what has not ended.
 
     Raises:
-        RequestError: on iteration, the engine stopped (503) or the model failed (500).
+        RequestError: on iteration, the engine stopped (503), the model failed (500) or the deadline passed (504).
     """
 
     def __init__(self, thread: EngineThread, requests: Sequence[Request], loop: asyncio.AbstractEventLoop) -> None:
@@ -144,12 +158,9 @@ class Stream:
             item = await self._queue.get()
             if isinstance(item, RequestError):
                 raise item
-            if item.finish_reason == "error":
-                raise RequestError(
-                    "the model gave numbers that are not finite.",
-                    "serve another checkpoint, or serve.dtype=float32.",
-                    status=500,
-                )
+            failure = _failure(item.finish_reason)
+            if failure is not None:
+                raise failure
             if item.finish_reason is not None:
                 self._unfinished.discard(item.request_id)
             yield self._index[item.request_id], item
@@ -170,3 +181,14 @@ class Stream:
 
 def _unavailable(problem: str) -> RequestError:
     return RequestError(problem, "try again later.", status=503, code="overloaded")
+
+
+def _failure(reason: FinishReason | None) -> RequestError | None:
+    """The error that a text ended with, if any."""
+    if reason == "error":
+        problem = "the model gave numbers that are not finite."
+        return RequestError(problem, "serve another checkpoint, or serve.dtype=float32.", status=500)
+    if reason == "deadline":
+        problem, fix = "the deadline of the request passed.", "allow more time, or try again under less load."
+        return RequestError(problem, fix, status=504, code="deadline_exceeded")
+    return None
