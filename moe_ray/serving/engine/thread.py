@@ -66,7 +66,7 @@ class EngineThread:
             self._changed.notify()
 
     def stats(self) -> EngineStats:
-        """What the engine had done and held before its current step, with what it has not yet looked at."""
+        """What the engine had done and held before its current step, and requests that it has not yet seen."""
         with self._changed:
             unseen = [command for command in self._commands if isinstance(command, Request)]
             return replace(
@@ -111,10 +111,12 @@ class EngineThread:
                 self._engine.cancel(command)
             else:
                 self._engine.submit(command)
-        self._stats = self._engine.stats()
+        if commands:
+            self._stats = self._engine.stats()
         return self._accepting
 
     def _deliver(self, chunks: Sequence[Chunk]) -> None:
+        self._stats = self._engine.stats()
         with self._changed:
             by_stream: dict[Stream, list[Chunk | RequestError]] = {}
             for chunk in chunks:
