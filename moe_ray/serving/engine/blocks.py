@@ -21,9 +21,15 @@ def chain_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 
 class BlockPool:
-    """Reference-counted blocks 1 to num_blocks - 1; block 0 is nobody's. Each call takes O(1) a block."""
+    """Reference-counted blocks 1 to num_blocks - 1; block 0 is nobody's. Each call takes O(1) a block.
+
+    Attributes:
+        evicted: known blocks with their digests whose memory was given to somebody else, who has not yet written
+            to it; the owner of the pool empties the list between two passes.
+    """
 
     def __init__(self, num_blocks: int) -> None:
+        self.evicted: list[tuple[int, bytes]] = []
         self._users = [0] * num_blocks
         self._digests: list[bytes | None] = [None] * num_blocks
         self._blocks: dict[bytes, int] = {}
@@ -95,6 +101,10 @@ class BlockPool:
             assert self._users[block] > 0
             self._drop_digest(block)
 
+    def known(self) -> list[tuple[int, bytes]]:
+        """All known blocks with their digests."""
+        return [(block, digest) for digest, block in self._blocks.items()]
+
     def check(self) -> None:
         """Assert what always holds; O(number of blocks), for tests."""
         free = [*self._unknown, *self._unused_known]
@@ -110,6 +120,9 @@ class BlockPool:
             block = self._unknown.pop()
         else:
             block, _ = self._unused_known.popitem(last=False)
+            digest = self._digests[block]
+            assert digest is not None
+            self.evicted.append((block, digest))
             self._drop_digest(block)
         assert self._users[block] == 0
         self._users[block] = 1

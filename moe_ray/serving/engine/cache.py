@@ -3,6 +3,9 @@
 Shapes: X blocks, h key/value heads, P tokens of a block, C query and key head dim, U value head dim.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -38,6 +41,20 @@ class KVCache:
             )
             for _ in range(config.num_layers)
         ]
+
+    def read(self, blocks: Sequence[int]) -> np.ndarray:
+        """Copy of what blocks hold, uint8 of shape [blocks, bytes of a block]."""
+        index = torch.tensor(blocks, device=self.layers[0][0].device)
+        parts = [stored[index].flatten(1).view(torch.uint8) for pair in self.layers for stored in pair]
+        return torch.cat(parts, dim=1).cpu().numpy()
+
+    def write(self, blocks: Sequence[int], data: np.ndarray) -> None:
+        """Store what `read` gave."""
+        stored = [tensor for pair in self.layers for tensor in pair]
+        index = torch.tensor(blocks, device=stored[0].device)
+        sizes = [tensor[0].nbytes for tensor in stored]
+        for tensor, part in zip(stored, torch.from_numpy(data).split(sizes, dim=1), strict=True):
+            tensor[index] = part.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:]).to(tensor.device)
 
 
 def blocks_of(tokens: int) -> int:

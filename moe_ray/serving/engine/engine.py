@@ -9,13 +9,21 @@ import time
 from collections.abc import Callable
 from itertools import accumulate
 
+import numpy as np
 import torch
 
 from moe_ray.config import ModelConfig
 from moe_ray.errors import ConfigError, RequestError
 from moe_ray.models.transformer import Transformer
 from moe_ray.serving.engine.blocks import BlockPool, root_digest
-from moe_ray.serving.engine.cache import BLOCK_TOKENS, FREE_SHARE, KVCache, blocks_of, count_blocks
+from moe_ray.serving.engine.cache import (
+    BLOCK_TOKENS,
+    FREE_SHARE,
+    KVCache,
+    blocks_of,
+    bytes_per_block,
+    count_blocks,
+)
 from moe_ray.serving.engine.generation import Generation
 from moe_ray.serving.engine.layout import make_layout
 from moe_ray.serving.engine.request import Chunk, Request, Tokenizer
@@ -23,9 +31,15 @@ from moe_ray.serving.engine.runner import make_runner
 from moe_ray.serving.engine.sampler import sample
 from moe_ray.serving.engine.scheduler import Scheduler, Span
 from moe_ray.serving.engine.stats import EngineStats
+from moe_ray.serving.engine.tiers import PrefixTiers, Tiering
 
 # Long enough to use the matrix units, short enough that running texts pause for tens of milliseconds.
 PREFILL_TOKENS = 256
+
+# What `step` waits for blocks from the tiers if it has nothing else to do: requests may come or go meanwhile.
+_IDLE_SECONDS = 0.01
+# Blocks in flight at the end, which bounds the memory for their copies.
+_CLOSE_BLOCKS = 64
 
 _logger = logging.getLogger(__name__)
 
@@ -39,6 +53,8 @@ class Engine:
         max_context: most tokens of prompt plus completion.
         prefill_tokens: most prompt tokens of one step.
         kv_cache_bytes: of the KV cache, which is allocated at once; None: see `count_blocks`.
+        tiering: of what the KV cache has no room for; None: that is forgotten.
+        identity: of the weights; engines of one identity find each other's blocks on disk.
         free_share: of the free memory that a cache of no given size may take.
         clock: seconds, as the deadlines of requests are given.
 
@@ -55,6 +71,8 @@ class Engine:
         max_context: int,
         prefill_tokens: int = PREFILL_TOKENS,
         kv_cache_bytes: int | None = None,
+        tiering: Tiering | None = None,
+        identity: str = "",
         free_share: float = FREE_SHARE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -82,10 +100,13 @@ class Engine:
             max_running=max_batch_size,
             max_blocks=max_blocks,
             prefill_tokens=prefill_tokens,
-            root=root_digest(""),
+            root=root_digest(f"{identity} {weight.dtype} {BLOCK_TOKENS} {model.config.model_dump_json()}"),
         )
-        cache = KVCache(model.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
-        self._runner = make_runner(model, cache)
+        self._cache = KVCache(model.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
+        self._runner = make_runner(model, self._cache)
+        block_bytes = bytes_per_block(model.config, weight.dtype)
+        self._tiers = PrefixTiers(block_bytes, weight.dtype.itemsize, tiering) if tiering else None
+        self._loading: set[Generation] = set()
         self._generations: dict[str, Generation] = {}
         self._clock = clock
         self._deadlines: list[tuple[float, str]] = []
@@ -94,15 +115,16 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._scheduler.has_work
+        return self._scheduler.has_work or bool(self._loading)
 
     def stats(self) -> EngineStats:
         """What it has done and holds."""
         scheduler, pool = self._scheduler, self._pool
         return EngineStats(
-            waiting=scheduler.num_waiting,
+            **(vars(self._tiers.stats()) if self._tiers else {}),
+            waiting=scheduler.num_waiting + len(self._loading),
             running=len(scheduler.running),
-            queued_tokens=scheduler.queued_tokens,
+            queued_tokens=scheduler.queued_tokens + sum(g.sequence.num_pending for g in self._loading),
             blocks_total=pool.num_blocks,
             blocks_used=pool.num_blocks - pool.num_free,
             blocks_known=pool.num_unused_known,
@@ -138,7 +160,12 @@ class Engine:
         self.check(request)
         generation = Generation(request, self._tokenizer)
         self._generations[request.id] = generation
-        self._scheduler.add(generation.sequence)
+        unknown = self._scheduler.unknown_prefix(generation.sequence) if self._tiers else []
+        if self._tiers and unknown:
+            self._loading.add(generation)
+            self._tiers.fetch(generation, unknown)
+        else:
+            self._scheduler.add(generation.sequence)
         self._prompt_tokens += len(request.prompt_ids)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.id))
@@ -146,13 +173,25 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         """Drop a request, whose blocks are free at once; unknown ones are ignored."""
         generation = self._generations.pop(request_id, None)
-        if generation is not None:
+        if generation in self._loading:
+            self._loading.remove(generation)
+        elif generation is not None:
             self._scheduler.remove(generation.sequence, is_broken=generation.finish_reason == "error")
+
+    def close(self) -> None:
+        """Hand all known blocks to the tiers, for the next start. Nothing is called after this."""
+        if self._tiers:
+            known = self._pool.known()
+            for first in range(0, len(known), _CLOSE_BLOCKS):
+                self._put(known[first : first + _CLOSE_BLOCKS], wait=True)
+            self._tiers.close()
 
     @torch.inference_mode()
     def step(self) -> list[Chunk]:
         """Run one forward pass; returns the text that became certain, with the last chunk of each that ended."""
         chunks = self._end_late()
+        if self._loading:
+            self._add_loaded()
         spans = self._scheduler.plan()
         if not spans:
             return chunks
@@ -185,11 +224,36 @@ class Engine:
                 self._missed_deadlines += 1
         return chunks
 
+    def _add_loaded(self) -> None:
+        """Queue the requests whose prefixes have been looked for; waits a little only if nothing else is to do."""
+        assert self._tiers is not None
+        for generation, blocks in self._tiers.loaded(0 if self._scheduler.has_work else _IDLE_SECONDS):
+            if isinstance(generation, Generation) and generation in self._loading:
+                self._loading.remove(generation)
+                generation.sequence.loaded = blocks
+                self._scheduler.add(generation.sequence)
+
+    def _exchange(self) -> None:
+        """Hand evicted blocks to the tiers, then write those that came from them, perhaps to the same memory."""
+        evicted, restored = self._pool.evicted, self._scheduler.restored
+        if self._tiers and evicted:
+            self._put(evicted, wait=False)
+        evicted.clear()
+        if restored:
+            self._cache.write([block for block, _ in restored], np.stack([data for _, data in restored]))
+            restored.clear()
+
+    def _put(self, blocks: list[tuple[int, bytes]], *, wait: bool) -> None:
+        assert self._tiers is not None
+        for (_, digest), data in zip(blocks, self._cache.read([block for block, _ in blocks]), strict=True):
+            self._tiers.put(digest, data, wait=wait)
+
     def _forward(self, spans: list[Span]) -> torch.Tensor:
         tokens: list[int] = []
         for sequence, start, count in spans:
             tokens += sequence.tokens[start : start + count]
         self._computed_tokens += len(tokens)
+        self._exchange()
         layout = make_layout(spans, self._scheduler.tables_RM, BLOCK_TOKENS)
         return self._runner.forward(torch.tensor(tokens, device=self._device), layout)
 

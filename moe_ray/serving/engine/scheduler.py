@@ -37,6 +37,7 @@ class Sequence:
         rank: lower goes first; the scheduler sets it.
         digests: of its leading full blocks, as far as they were needed.
         is_new: it has never run.
+        loaded: blocks that a tier below the cache had of its prefix, by digest.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Sequence:
     rank: tuple[int, int] = (0, 0)
     digests: list[bytes] = field(default_factory=list)
     is_new: bool = True
+    loaded: dict[bytes, np.ndarray] = field(default_factory=dict)
 
     @property
     def num_pending(self) -> int:
@@ -82,6 +84,7 @@ class Scheduler:
     Attributes:
         running: by rank.
         tables_RM: int32, blocks of the running sequences by their rows.
+        restored: blocks and what must be written to them before the planned pass; the caller empties the list.
         preemptions: so far.
         prefix_tokens, prefix_hit_tokens: of the prompts that ran so far, all and those that were found.
     """
@@ -107,6 +110,7 @@ class Scheduler:
         self._computing: set[bytes] = set()
         self.running: list[Sequence] = []
         self.tables_RM = np.zeros((max_running, max_blocks), dtype=np.int32)
+        self.restored: list[tuple[int, np.ndarray]] = []
         self.preemptions = 0
         self.prefix_tokens = 0
         self.prefix_hit_tokens = 0
@@ -131,6 +135,11 @@ class Scheduler:
         sequence.rank = (-sequence.priority, self._arrivals)
         self._arrivals += 1
         insort(self._waiting, sequence, key=_rank)
+
+    def unknown_prefix(self, sequence: Sequence) -> list[bytes]:
+        """Digests of the blocks that the sequence could use if they were known."""
+        usable = self._usable_digests(sequence)
+        return usable[len(self._pool.find(usable)) :]
 
     def plan(self) -> list[Span]:
         """Spans of the next forward pass, those of one token first; the caller runs them, then calls `advance`."""
@@ -188,12 +197,10 @@ class Scheduler:
             outranking = (s.num_pending for s in self.running if s.rank < sequence.rank)
             if sum(pending for pending in outranking if pending > 1) >= self._prefill_tokens:
                 return
-            # At least one token is computed, for the logits of the next.
-            usable = (len(sequence.tokens) - 1) // self._block_tokens
-            self._extend_digests(sequence, len(sequence.tokens) // self._block_tokens)
-            found = self._pool.find(sequence.digests[:usable])
+            usable = self._usable_digests(sequence)
+            found = self._pool.find(usable)
             # What another one is about to compute is waited for, not computed twice.
-            if len(found) < usable and sequence.digests[len(found)] in self._computing:
+            if len(found) < len(usable) and usable[len(found)] in self._computing:
                 return
             if not self._make_room(sequence, found):
                 return
@@ -217,12 +224,24 @@ class Scheduler:
         sequence.cached = len(found) * self._block_tokens
         sequence.row = self._free_rows.pop()
         self.tables_RM[sequence.row, : len(sequence.blocks)] = sequence.blocks
-        self._computing.update(sequence.digests[len(found) :])
+        self._restore(sequence)
+        self._computing.update(sequence.digests[sequence.cached // self._block_tokens :])
         insort(self.running, sequence, key=_rank)
         if sequence.is_new:
             self.prefix_tokens += len(sequence.tokens)
             self.prefix_hit_tokens += sequence.cached
             sequence.is_new = False
+
+    def _restore(self, sequence: Sequence) -> None:
+        """Take what was loaded after the blocks that were found."""
+        for index in range(sequence.cached // self._block_tokens, len(self._usable_digests(sequence))):
+            data = sequence.loaded.get(sequence.digests[index])
+            if data is None:
+                break
+            self.restored.append((sequence.blocks[index], data))
+            self._pool.publish(sequence.blocks[index], sequence.digests[index])
+            sequence.cached += self._block_tokens
+        sequence.loaded = {}
 
     def _stop(self, sequence: Sequence) -> None:
         del self.running[bisect_left(self.running, sequence.rank, key=_rank)]
@@ -242,6 +261,11 @@ class Scheduler:
         for index in range(first, end):
             self._pool.publish(sequence.blocks[index], sequence.digests[index])
             self._computing.discard(sequence.digests[index])
+
+    def _usable_digests(self, sequence: Sequence) -> list[bytes]:
+        """Those that it could share: at least one token is computed, for the logits of the next."""
+        self._extend_digests(sequence, len(sequence.tokens) // self._block_tokens)
+        return sequence.digests[: (len(sequence.tokens) - 1) // self._block_tokens]
 
     def _extend_digests(self, sequence: Sequence, count: int) -> None:
         digests, size = sequence.digests, self._block_tokens

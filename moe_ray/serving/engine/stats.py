@@ -4,7 +4,29 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class EngineStats:
+class TierStats:
+    """Of the tiers below the KV cache; bytes are held now, all else counts from the start.
+
+    Attributes:
+        tier_memory_hits, tier_disk_hits, tier_misses: blocks that new prompts asked for, by where they were.
+        tier_memory_bytes, tier_disk_bytes: in each tier, compressed.
+        tier_dropped: blocks that were not kept because too many waited.
+        tier_damaged: files that were removed because of their checksum.
+        tier_errors: operations that the disk refused.
+    """
+
+    tier_memory_hits: int = 0
+    tier_disk_hits: int = 0
+    tier_misses: int = 0
+    tier_memory_bytes: int = 0
+    tier_disk_bytes: int = 0
+    tier_dropped: int = 0
+    tier_damaged: int = 0
+    tier_errors: int = 0
+
+
+@dataclass(frozen=True)
+class EngineStats(TierStats):
     """A snapshot between two steps; the last seven count from the start of the engine.
 
     Attributes:

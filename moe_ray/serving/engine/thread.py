@@ -89,6 +89,8 @@ class EngineThread:
         except Exception:
             # The chunks of other requests would be lost or wrong: nothing can be saved but the process.
             _logger.exception("the engine failed")
+        else:
+            self._engine.close()
         finally:
             with self._changed:
                 self._accepting = False
