@@ -4,6 +4,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from starlette.responses import Response, StreamingResponse
@@ -18,6 +19,7 @@ from moe_ray.serving.engine.cache import FREE_SHARE
 from moe_ray.serving.engine.engine import Engine, check_faithful
 from moe_ray.serving.engine.request import Chunk, Request
 from moe_ray.serving.engine.thread import EngineThread, Stream
+from moe_ray.serving.engine.tiers import Tiering
 
 # Characters a token, to begin with, when looking whether a text can fit.
 _CHARACTERS_PER_TOKEN = 8
@@ -48,6 +50,8 @@ class CompletionService:
             max_context=self._max_context,
             kv_cache_bytes=config.kv_cache_bytes,
             free_share=FREE_SHARE / sharers,
+            tiering=_tiering(config),
+            identity=_identity(model.path),
         )
         self._engine = EngineThread(engine, self._max_unfinished)
 
@@ -100,6 +104,19 @@ class CompletionService:
             encode_prompt(self._tokenizer, prompt, self._max_context) if isinstance(prompt, str) else prompt
             for prompt in prompts
         ]
+
+
+def _tiering(config: ServeConfig) -> Tiering | None:
+    if not config.prefix_memory_bytes and config.prefix_folder is None:
+        return None
+    folder = None if config.prefix_folder is None else Path(config.prefix_folder).expanduser().resolve()
+    return Tiering(config.prefix_memory_bytes, folder, config.prefix_disk_bytes)
+
+
+def _identity(folder: Path) -> str:
+    """Changes whenever the files of a model do."""
+    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
+    return repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files])
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, max_context: int) -> tuple[int, ...]:
