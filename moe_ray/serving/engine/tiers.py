@@ -4,6 +4,7 @@ The engine hands over what it evicts and asks for what a new prompt could use; a
 writes. All that is in memory is on disk too, so what a tier drops costs nothing but time.
 """
 
+import logging
 import queue
 import threading
 from collections import OrderedDict
@@ -20,6 +21,8 @@ from moe_ray.serving.engine.stats import TierStats
 # Blocks that wait to be compressed; more than these are dropped, so that memory stays bounded.
 _MAX_QUEUED = 256
 _CODEC = "lz4"
+
+_logger = logging.getLogger(__name__)
 
 Blocks = dict[bytes, np.ndarray]
 
@@ -107,7 +110,7 @@ class PrefixTiers:
         while (item := self._work.get()) is not None:
             key, value = item
             if isinstance(value, tuple):
-                self._loaded.put((key, self._load(value)))
+                self._loaded.put((key, self._load_or_nothing(value)))
             else:
                 assert isinstance(key, bytes)
                 self._store(key, value)
@@ -123,6 +126,14 @@ class PrefixTiers:
         self._remember(digest, data)
         if self._disk is not None and not on_disk:
             self._disk.put(digest, data)
+
+    def _load_or_nothing(self, digests: tuple[bytes, ...]) -> Blocks:
+        """A request waits for the answer, so that there must be one."""
+        try:
+            return self._load(digests)
+        except Exception:
+            _logger.exception("prefixes could not be read")
+            return {}
 
     def _load(self, digests: tuple[bytes, ...]) -> Blocks:
         blocks: Blocks = {}
