@@ -212,13 +212,25 @@ class ServeConfig(Section):
         0.5, description="CPUs reserved by a replica; its threads are at least 1"
     )
     gpus_per_replica: NonNegativeFloat = Field(0.0, description="GPUs reserved by a replica")
-    max_batch_size: Width = Field(16, description="requests that one replica decodes together")
+    max_batch_size: Width = Field(64, description="requests that one replica decodes together")
     max_queued_requests: NonNegativeInt = Field(
         64, description="requests that wait in a replica before it answers 503"
     )
     max_context: PositiveInt | None = Field(
         None, description="longest prompt plus completion; default: the model's"
     )
+    kv_cache_bytes: PositiveInt | None = Field(
+        None,
+        description="memory of a replica for keys and values; default: max_batch_size full contexts, or less if "
+        "max_replicas of them would take more than half of the node's free memory",
+    )
+    prefix_memory_bytes: NonNegativeInt = Field(
+        0, description="memory of a replica for compressed prefixes that its KV cache has no room for"
+    )
+    prefix_folder: str | None = Field(
+        None, description="local folder where such prefixes outlive a restart; replicas of a node share it"
+    )
+    prefix_disk_bytes: NonNegativeInt = Field(2**30, description="most bytes in prefix_folder")
     max_body_bytes: PositiveInt = Field(4_000_000, description="largest request body")
     dtype: Dtype = Field("float32", description="type of the weights and the KV cache")
     allow_unfaithful_routing: bool = Field(

@@ -10,8 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_ray.config import ModelConfig
-from moe_ray.data.tokenizer import train_tokenizer
 from moe_ray.errors import RequestError
 from moe_ray.models.transformer import build_model
 from moe_ray.serving.engine.adjust import adjust
@@ -19,88 +17,25 @@ from moe_ray.serving.engine.detokenizer import Detokenizer, StopFilter
 from moe_ray.serving.engine.engine import Engine
 from moe_ray.serving.engine.request import Request, SamplingParams
 from moe_ray.serving.engine.sampler import Row, sample
-from moe_ray.serving.engine.scheduler import Scheduler, Sequence
 from moe_ray.serving.engine.thread import EngineThread
-
-MAX_CONTEXT = 64
-LINES = ["the cat sat on the mat and saw the other cat", "naïve café, 東京 🙂 and more text of all kinds"]
-
+from tests.engines import MAX_CONTEXT, expected, greedy, make_model, make_prompt, make_request, make_tokenizer, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(LINES * 5, 320)
+    return make_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    # A large init_std sets the logits far apart, so that rounding never decides between two tokens.
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size + 8,
-        dim=32,
-        num_layers=3,
-        num_heads=4,
-        num_kv_heads=2,
-        num_experts=8,
-        expert_dim=32,
-        num_dense_layers=1,
-        dense_dim=64,
-        max_sequence_length=MAX_CONTEXT,
-        init_std=0.4,
-    )
-    return build_model(config, seed=1).eval()
+    return make_model(tokenizer)
 
 
 @pytest.fixture
 def engine(model, tokenizer):
     return Engine(model, tokenizer, max_batch_size=4, max_context=MAX_CONTEXT, prefill_tokens=16)
-
-
-def greedy(model, tokenizer, prompt, max_tokens):
-    """Tokens of full forward passes without a cache; the last may be the end-of-text token."""
-    tokens = list(prompt)
-    with torch.inference_mode():
-        for _ in range(max_tokens):
-            hidden_SD = model(torch.tensor([tokens])).hidden_BSD[0]
-            tokens.append(int(model.logits(hidden_SD[-1])[: tokenizer.vocab_size].argmax()))
-            if tokens[-1] == tokenizer.eos_id:
-                break
-    return tokens[len(prompt) :]
-
-
-def make_request(name, prompt, **params):
-    return Request(name, tuple(prompt), SamplingParams(**{"temperature": 0.0, "max_tokens": 8, **params}))
-
-
-def make_prompt(rng, tokenizer, longest=40):
-    return [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randint(1, longest))]
-
-
-def run(engine, *requests):
-    """Text, finish reason, number of tokens and chunks of each request, in order."""
-    for request in requests:
-        engine.submit(request)
-    chunks = {request.id: [] for request in requests}
-    while engine.has_work:
-        for chunk in engine.step():
-            chunks[chunk.request_id].append(chunk)
-    return [
-        (
-            "".join(chunk.text for chunk in chunks[r.id]),
-            chunks[r.id][-1].finish_reason,
-            chunks[r.id][-1].num_tokens,
-            chunks[r.id],
-        )
-        for r in requests
-    ]
-
-
-def expected(model, tokenizer, request):
-    tokens = greedy(model, tokenizer, request.prompt_ids, request.params.max_tokens)
-    ended = tokens[-1] == tokenizer.eos_id
-    return tokenizer.decode(tokens), "stop" if ended else "length", len(tokens)
 
 
 class TestSameTokens:
@@ -124,7 +59,7 @@ class TestSameTokens:
             for chunk in engine.step():
                 texts[chunk.request_id] = texts.get(chunk.request_id, "") + chunk.text
                 ends[chunk.request_id] = (chunk.finish_reason, chunk.num_tokens)
-            most_active = max(most_active, len(engine._scheduler.active))
+            most_active = max(most_active, len(engine._scheduler.running))
             for name in cancelled:
                 if rng.random() < 0.2:
                     engine.cancel(name)
@@ -150,7 +85,7 @@ class TestSameTokens:
             before = len(sequence.tokens)
             engine.step()
             assert len(sequence.tokens) == before + 1
-            assert engine._scheduler.active[1].cached == 16 * (step + 1)
+            assert engine._scheduler.running[1].cached == 16 * (step + 1)
 
     def test_up_to_the_whole_context(self, engine, model, tokenizer):
         request = make_request("full", [3] * 10, max_tokens=MAX_CONTEXT - 10)
@@ -409,47 +344,6 @@ class TestText:
         assert all(len(lp.top) == 3 and lp.top[0] == (lp.token_id, lp.logprob) for lp in logprobs)
 
 
-class TestScheduler:
-    def test_slots_stay_dense_with_decoding_first(self):
-        rng = random.Random(7)
-        scheduler, content, live = Scheduler(5, prefill_tokens=8), {}, []
-        for number in range(400):
-            if rng.random() < 0.5:
-                live.append(Sequence(str(number), [0] * rng.randint(1, 30)))
-                scheduler.add(live[-1])
-            spans = scheduler.plan()
-            assert [span.slot for span in spans] == list(range(len(spans)))
-            assert sum(span.count for span in spans if span.count > 1) <= 8
-            for span in spans:
-                sequence = scheduler.active[span.slot]
-                assert span.start == sequence.cached
-                assert content.setdefault(span.slot, sequence) is sequence or span.start == 0
-                content[span.slot] = sequence
-            for slot in scheduler.advance(spans):
-                scheduler.active[slot].tokens.append(0)
-            pending = [len(s.tokens) - s.cached for s in scheduler.active]
-            assert all(count == 1 for count in pending[:-1])
-            for sequence in [s for s in live if rng.random() < 0.1]:
-                live.remove(sequence)
-                for move in scheduler.remove(sequence):
-                    content[move.target] = content[move.source]
-                    assert move.length == content[move.target].cached
-            assert len(scheduler.active) <= 5
-            assert all(content[slot] is sequence for slot, sequence in enumerate(scheduler.active))
-        assert number == 399
-
-    def test_first_come_first_served(self):
-        scheduler = Scheduler(2, prefill_tokens=100)
-        sequences = [Sequence(name, [0]) for name in "abc"]
-        for sequence in sequences:
-            scheduler.add(sequence)
-        scheduler.plan()
-        assert scheduler.active == sequences[:2]
-        scheduler.remove(sequences[0])
-        scheduler.plan()
-        assert sequences[2] in scheduler.active
-
-
 @pytest.fixture
 def thread(engine):
     thread = EngineThread(engine, max_unfinished=6)
@@ -502,7 +396,7 @@ class TestThread:
             async with thread.submit([make_request(f"r{i}", [5], max_tokens=60) for i in range(6)]):
                 allowed.release()
                 assert await asyncio.to_thread(done.acquire, timeout=5)
-                assert len(engine._scheduler.active) == 4
+                assert len(engine._scheduler.running) == 4
             # One more step may have begun before the requests were dropped, but no third.
             allowed.release()
             async with asyncio.timeout(5):

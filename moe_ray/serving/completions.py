@@ -14,9 +14,10 @@ from moe_ray.checkpoint.inference import InferenceModel
 from moe_ray.config import ServeConfig
 from moe_ray.errors import DataError, RequestError
 from moe_ray.serving.answers import ChatWire, CompletionWire, Exchange
+from moe_ray.serving.build_engine import build_engine
 from moe_ray.serving.chat_template import TEMPLATE_FILE, find_chat_template
 from moe_ray.serving.engine import probe
-from moe_ray.serving.engine.engine import Engine, check_faithful
+from moe_ray.serving.engine.engine import check_faithful
 from moe_ray.serving.engine.grammar import Grammar, GrammarCompiler
 from moe_ray.serving.engine.request import Chunk, Request, SamplingParams, check_prompt
 from moe_ray.serving.engine.thread import EngineThread
@@ -66,9 +67,7 @@ class CompletionService:
         self._compiling = ThreadPoolExecutor(1, "grammar")
         self.max_body_bytes = config.max_body_bytes
         self.model_body = model_body(model.name, int(model.path.stat().st_mtime))
-        engine = Engine(
-            model.model, model.tokenizer, max_batch_size=config.max_batch_size, max_context=self._max_context
-        )
+        engine = build_engine(model, config, self._max_context)
         self._engine = EngineThread(engine, self._max_unfinished)
 
     @property

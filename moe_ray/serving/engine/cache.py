@@ -1,91 +1,40 @@
-"""Keys and values of the active sequences, one fixed region ("slot") a sequence.
+"""The memory of keys and values, in blocks of a few tokens that sequences take, share and give back.
 
-A forward pass has one row of T tokens: those of every span, one after another, without padding. The MoE layers
-then see exactly the real tokens; only attention knows which token is whose.
-
-Shapes: T tokens of the pass, d decoding sequences, L longest of them, H query heads, h key/value heads,
-g = H / h, C query and key head dim, U value head dim, X slots, M max_context, P tokens of a prompt chunk.
+Shapes: X blocks, h key/value heads, P tokens of a block, C query and key head dim, U value head dim.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
 from moe_ray.config import ModelConfig
-from moe_ray.models.attention import LayerCache, Pattern, attend, window_mask
-from moe_ray.serving.engine.scheduler import Move, Span
+from moe_ray.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Prompt tokens `rows` of the pass; they attend to the first `end` positions of `slot`, masked by window."""
-
-    rows: slice
-    slot: int
-    end: int
-    masks_Pe: dict[int | None, Tensor]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the tokens of one forward pass belong, shared by all layers.
-
-    Attributes:
-        slot_T, position_T: slot and position of each token, int64.
-        num_decoding: the first tokens of the pass; token i is the newest of slot i.
-        masks_d11L: by sliding window, which positions each of them attends to; None if all.
-        max_length: L.
-        chunks: the other tokens.
-    """
-
-    slot_T: Tensor
-    position_T: Tensor
-    num_decoding: int
-    masks_d11L: dict[int | None, Tensor | None]
-    max_length: int
-    chunks: tuple[_Chunk, ...]
-
-
-def make_layout(spans: Sequence[Span], windows: frozenset[int | None], device: torch.device) -> Layout:
-    """Layout of spans given by slot; single tokens of the first slots decode, other spans are chunks.
-
-    Args:
-        windows: the sliding windows of the model's layers; None is attention to all.
-    """
-    num_decoding = next((i for i, span in enumerate(spans) if span.count > 1), len(spans))
-    ends = [span.end for span in spans[:num_decoding]]
-    masks_d11L = {window: _decoding_mask(ends, window, device) for window in windows}
-    slots, positions, chunks = list(range(num_decoding)), [end - 1 for end in ends], []
-    for span in spans[num_decoding:]:
-        rows = slice(len(slots), len(slots) + span.count)
-        positions_P = torch.arange(span.start, span.end, device=device)
-        masks_Pe = {window: window_mask(positions_P, span.end, window) for window in windows}
-        chunks.append(_Chunk(rows, span.slot, span.end, masks_Pe))
-        slots += [span.slot] * span.count
-        positions += range(span.start, span.end)
-    slot_T, position_T = torch.tensor([slots, positions]).to(device)
-    return Layout(slot_T, position_T, num_decoding, masks_d11L, max(ends, default=0), tuple(chunks))
-
-
-def _decoding_mask(ends: list[int], window: int | None, device: torch.device) -> Tensor | None:
-    """Bool of shape [d, 1, 1, L]; None if every token attends to all L positions."""
-    longest = max(ends, default=0)
-    if min(ends, default=0) == longest and (window is None or window >= longest):
-        return None
-    return window_mask(torch.tensor(ends) - 1, longest, window)[:, None, None].to(device)
+# Small blocks are shared more often and waste less at the end of a text; kernels want a multiple of 16.
+BLOCK_TOKENS = 16
+# Of the memory that is free at the start; the rest is for what a forward pass needs, and for neighbours.
+FREE_SHARE = 0.5
 
 
 class KVCache:
-    """Preallocated keys [X, h, M, C] and values [X, h, M, U] of `num_slots` sequences in every layer."""
+    """Preallocated keys and values of `num_blocks` blocks in every layer.
+
+    Attributes:
+        layers: of each layer the keys [X, h, P, C] and the values [X, h, P, U], contiguous. Block 0 pads tables,
+            no sequence writes to it and it stays zero.
+    """
 
     def __init__(
-        self, config: ModelConfig, num_slots: int, max_context: int, dtype: torch.dtype, device: torch.device
+        self, config: ModelConfig, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (num_slots, config.num_kv_heads, max_context)
-        # Zeros, because masked positions take part with weight 0, which times NaN would still be NaN.
-        self._layers = [
+        shape = (num_blocks, config.num_kv_heads, block_tokens)
+        self.num_blocks = num_blocks
+        self.block_tokens = block_tokens
+        # Zeros need no memory before they are written to.
+        self.layers: list[tuple[Tensor, Tensor]] = [
             (
                 torch.zeros(*shape, config.qk_dim, dtype=dtype, device=device),
                 torch.zeros(*shape, config.v_dim, dtype=dtype, device=device),
@@ -93,52 +42,58 @@ class KVCache:
             for _ in range(config.num_layers)
         ]
 
-    def views(self, layout: Layout) -> list[LayerCache]:
-        """One `LayerCache` a layer for a forward pass of this layout."""
-        return [_LayerView(k_XhMC, v_XhMU, layout) for k_XhMC, v_XhMU in self._layers]
+    def read(self, blocks: Sequence[int]) -> np.ndarray:
+        """Copy of what blocks hold, uint8 of shape [blocks, bytes of a block]."""
+        index = torch.tensor(blocks, device=self.layers[0][0].device)
+        parts = [stored[index].flatten(1).view(torch.uint8) for pair in self.layers for stored in pair]
+        return torch.cat(parts, dim=1).cpu().numpy()
 
-    def clear(self, slot: int) -> None:
-        """Forget what a slot holds."""
-        for pair in self._layers:
-            for stored in pair:
-                stored[slot].zero_()
-
-    def move(self, move: Move) -> None:
-        """Copy a sequence to another slot."""
-        for pair in self._layers:
-            for stored in pair:
-                stored[move.target, :, : move.length] = stored[move.source, :, : move.length]
+    def write(self, blocks: Sequence[int], data: np.ndarray) -> None:
+        """Store what `read` gave."""
+        stored = [tensor for pair in self.layers for tensor in pair]
+        index = torch.tensor(blocks, device=stored[0].device)
+        sizes = [tensor[0].nbytes for tensor in stored]
+        for tensor, part in zip(stored, torch.from_numpy(data).split(sizes, dim=1), strict=True):
+            tensor[index] = part.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:]).to(tensor.device)
 
 
-class _LayerView:
-    """A `LayerCache`; B is 1 and S is T."""
+def blocks_of(tokens: int) -> int:
+    """Blocks that hold this many tokens."""
+    return -(-tokens // BLOCK_TOKENS)
 
-    def __init__(self, k_XhMC: Tensor, v_XhMU: Tensor, layout: Layout) -> None:
-        self._k_XhMC = k_XhMC
-        self._v_XhMU = v_XhMU
-        self._layout = layout
 
-    def attend(self, q_BHSC: Tensor, k_BhSC: Tensor, v_BhSU: Tensor, pattern: Pattern) -> Tensor:
-        """Store the new keys and values, then attend each token to its own sequence: `o_BHSU`."""
-        layout = self._layout
-        self._k_XhMC[layout.slot_T, :, layout.position_T] = k_BhSC[0].transpose(0, 1)
-        self._v_XhMU[layout.slot_T, :, layout.position_T] = v_BhSU[0].transpose(0, 1)
-        decoding = layout.num_decoding
-        outputs = [self._attend_decoding(q_BHSC[0, :, :decoding], pattern)] if decoding else []
-        outputs += [self._attend_chunk(q_BHSC[:, :, chunk.rows], chunk, pattern) for chunk in layout.chunks]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+def bytes_per_block(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of a block in all layers."""
+    width = config.num_layers * config.num_kv_heads * (config.qk_dim + config.v_dim)
+    return BLOCK_TOKENS * width * dtype.itemsize
 
-    def _attend_decoding(self, q_HdC: Tensor, pattern: Pattern) -> Tensor:
-        layout = self._layout
-        k_dhLC = self._k_XhMC[: layout.num_decoding, :, : layout.max_length]
-        v_dhLU = self._v_XhMU[: layout.num_decoding, :, : layout.max_length]
-        # Query heads that share keys stand in as queries of one head: SDPA's own handling of grouped heads
-        # copies the keys in bfloat16, 6 times slower at 16 sequences of 512.
-        q_dhgC = q_HdC.transpose(0, 1).unflatten(1, (k_dhLC.shape[1], -1))
-        o_dhgU = attend(q_dhgC, k_dhLC, v_dhLU, layout.masks_d11L[pattern.window], pattern)
-        return o_dhgU.flatten(1, 2).transpose(0, 1).unsqueeze(0)
 
-    def _attend_chunk(self, q_1HPC: Tensor, chunk: _Chunk, pattern: Pattern) -> Tensor:
-        k_1heC = self._k_XhMC[chunk.slot : chunk.slot + 1, :, : chunk.end]
-        v_1heU = self._v_XhMU[chunk.slot : chunk.slot + 1, :, : chunk.end]
-        return attend(q_1HPC, k_1heC, v_1heU, chunk.masks_Pe[pattern.window], pattern)
+def count_blocks(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    wanted: int,
+    budget_bytes: int | None,
+    free_share: float,
+) -> int:
+    """Blocks that a cache should have, the one that pads tables included.
+
+    Args:
+        wanted: blocks for sequences if memory allows.
+        budget_bytes: of the whole cache, whatever is wanted. None: as wanted, but at most `free_share` of the
+            memory of the device that is free now.
+
+    Raises:
+        ConfigError: the budget holds no sequence.
+    """
+    size = bytes_per_block(config, dtype)
+    if budget_bytes is None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        return max(2, min(wanted + 1, int(free_share * free) // size))
+    if budget_bytes < 2 * size:
+        raise ConfigError(
+            f"serve.kv_cache_bytes={budget_bytes} holds no text: {BLOCK_TOKENS} tokens of this model take {size}.",
+            f"use at least {2 * size}.",
+        )
+    return budget_bytes // size

@@ -17,7 +17,7 @@ class Generation:
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.request = request
-        self.sequence = Sequence(request.id, list(request.prompt_ids))
+        self.sequence = Sequence(request.id, list(request.prompt_ids), request.priority)
         self.row = Row(request.params, request.prompt_ids)
         self.finish_reason: FinishReason | None = None
         self._stop_ids = frozenset() if request.params.ignore_eos else tokenizer.stop_ids
@@ -31,9 +31,9 @@ class Generation:
     def append(self, choice: Choice) -> Chunk | None:
         """Take the next token; returns what became certain, or None if that is nothing."""
         if choice.token_id is None:
-            return self._fail("error")
+            return self.fail("error")
         if not self.row.accept(choice.token_id):
-            return self._fail("grammar")
+            return self.fail("grammar")
         self._num_tokens += 1
         if choice.token_id in self._stop_ids:
             self.finish_reason = "stop"
@@ -54,7 +54,8 @@ class Generation:
             self.finish_reason = "length"
         return self._release(text)
 
-    def _fail(self, reason: FinishReason) -> Chunk:
+    def fail(self, reason: FinishReason) -> Chunk:
+        """End it here, for a reason that is not in its text."""
         self.finish_reason = reason
         return Chunk(self.request.id, "", (), reason, self._num_tokens)
 

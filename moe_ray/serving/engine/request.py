@@ -13,7 +13,7 @@ MAX_STOP_CHARACTERS = 1000
 MAX_LOGPROBS = 20
 MAX_BIASES = 1024
 
-FinishReason = Literal["stop", "length", "error", "grammar"]
+FinishReason = Literal["stop", "length", "error", "grammar", "deadline"]
 
 
 class Tokenizer(Protocol):
@@ -123,8 +123,8 @@ class Request:
     Attributes:
         id: unique among the requests in the engine.
         prompt_ids: at least one token.
-        priority: requests with a higher one go first.
-        deadline: when the text ends at the latest, in seconds of `time.monotonic`; None: never.
+        priority: requests of a higher one go first and may interrupt those of lower ones.
+        deadline: when it ends unfinished, in seconds of the monotonic clock; None: never.
     """
 
     id: str
@@ -189,7 +189,7 @@ class Chunk:
         text: complete characters, which contain no part of a stop string.
         logprobs: the tokens of `text`, if the request asked for them.
         finish_reason: set in the last chunk only: an end-of-text token or stop string, `max_tokens` reached,
-            the model failed, or the grammar became too complex to follow.
+            the model failed, the grammar became too complex to follow, or the deadline passed.
         num_tokens: tokens generated so far, an end-of-text token included.
     """
 

@@ -6,13 +6,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from moe_ray.errors import RequestError
 from moe_ray.serving.engine.engine import Engine
-from moe_ray.serving.engine.request import Chunk, Request
+from moe_ray.serving.engine.request import Chunk, FinishReason, Request
+from moe_ray.serving.engine.stats import EngineStats
 
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class EngineThread:
         self._calls: deque[_Call] = deque()
         self._streams: dict[str, Stream] = {}
         self._accepting = True
+        self._stats = engine.stats()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -108,6 +110,16 @@ class EngineThread:
             self._changed.notify()
         return await call.future
 
+    def stats(self) -> EngineStats:
+        """What the engine had done and held before its current step, and requests that it has not yet seen."""
+        with self._changed:
+            unseen = [command for command in self._commands if isinstance(command, Request)]
+            return replace(
+                self._stats,
+                waiting=self._stats.waiting + len(unseen),
+                queued_tokens=self._stats.queued_tokens + sum(len(request.prompt_ids) for request in unseen),
+            )
+
     def stop(self) -> None:
         """End all requests with an error and wait for the thread; called from outside it."""
         with self._changed:
@@ -122,6 +134,8 @@ class EngineThread:
         except Exception:
             # The chunks of other requests would be lost or wrong: nothing can be saved but the process.
             _logger.exception("the engine failed")
+        else:
+            self._engine.close()
         finally:
             with self._changed:
                 self._accepting = False
@@ -151,11 +165,14 @@ class EngineThread:
                 self._engine.cancel(command)
             else:
                 self._engine.submit(command)
+        if commands:
+            self._stats = self._engine.stats()
         if call is not None:
             call.run()
         return self._accepting
 
     def _deliver(self, chunks: Sequence[Chunk]) -> None:
+        self._stats = self._engine.stats()
         with self._changed:
             by_stream: dict[Stream, list[Chunk | RequestError]] = {}
             for chunk in chunks:
@@ -172,7 +189,7 @@ class Stream:
     Iteration ends after the last chunk of the last request. Leaving the context drops what has not ended.
 
     Raises:
-        RequestError: on iteration, the engine stopped (503) or the model failed (500).
+        RequestError: on iteration, the engine stopped (503), the model failed (500) or the deadline passed (504).
     """
 
     def __init__(self, thread: EngineThread, requests: Sequence[Request], loop: asyncio.AbstractEventLoop) -> None:
@@ -199,16 +216,9 @@ class Stream:
             item = await self._queue.get()
             if isinstance(item, RequestError):
                 raise item
-            if item.finish_reason == "error":
-                raise RequestError(
-                    "the model gave numbers that are not finite.",
-                    "serve another checkpoint, or serve.dtype=float32.",
-                    status=500,
-                )
-            if item.finish_reason == "grammar":
-                raise RequestError(
-                    "the JSON schema became too complex to follow.", "simplify it.", param="response_format"
-                )
+            failure = _failure(item.finish_reason)
+            if failure is not None:
+                raise failure
             if item.finish_reason is not None:
                 self._unfinished.discard(item.request_id)
             yield self._index[item.request_id], item
@@ -229,3 +239,17 @@ class Stream:
 
 def _unavailable(problem: str) -> RequestError:
     return RequestError(problem, "try again later.", status=503, code="overloaded")
+
+
+def _failure(reason: FinishReason | None) -> RequestError | None:
+    """The error that a text ended with, if any."""
+    if reason == "error":
+        problem = "the model gave numbers that are not finite."
+        return RequestError(problem, "serve another checkpoint, or serve.dtype=float32.", status=500)
+    if reason == "deadline":
+        problem, fix = "the deadline of the request passed.", "allow more time, or try again under less load."
+        return RequestError(problem, fix, status=504, code="deadline_exceeded")
+    if reason == "grammar":
+        problem = "the JSON schema became too complex to follow."
+        return RequestError(problem, "simplify it.", param="response_format")
+    return None
