@@ -232,6 +232,11 @@ class ServeConfig(Section):
     )
     prefix_disk_bytes: NonNegativeInt = Field(2**30, description="most bytes in prefix_folder")
     max_body_bytes: PositiveInt = Field(4_000_000, description="largest request body")
+    api_keys_file: str | None = Field(
+        None, description="file of hashed API keys on every node; without it and MOE_RAY_API_KEYS anybody may ask"
+    )
+    audit_log: str | None = Field(None, description="file for a JSON line a request, or stderr; default: none")
+    audit_prompts: bool = Field(False, description="write prompts into the audit log too")
     dtype: Dtype = Field("float32", description="type of the weights and the KV cache")
     allow_unfaithful_routing: bool = Field(
         False, description="generate with a router that routes otherwise token by token than it did in training"
@@ -244,6 +249,8 @@ class ServeConfig(Section):
                 f"serve.min_replicas={self.min_replicas} is more than serve.max_replicas={self.max_replicas}.",
                 "raise serve.max_replicas or lower serve.min_replicas.",
             )
+        if self.audit_prompts and self.audit_log is None:
+            raise ConfigError("serve.audit_prompts=true needs an audit log.", "set serve.audit_log too.")
         return self
 
 

@@ -51,15 +51,24 @@ class RequestError(UserError):
         param: the request field at fault, as the OpenAI error body names it.
         status: the HTTP status code.
         code: the OpenAI error code, such as `context_length_exceeded`.
+        retry_after: seconds after which it may work, of a 429 or 503.
     """
 
     def __init__(
-        self, problem: str, fix: str, *, param: str | None = None, status: int = 400, code: str | None = None
+        self,
+        problem: str,
+        fix: str,
+        *,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(problem, fix)
         self.param = param
         self.status = status
         self.code = code
+        self.retry_after = retry_after
 
 
 class StorageError(MoeRayError):

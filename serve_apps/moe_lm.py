@@ -10,6 +10,7 @@ from ray.serve import Application
 from moe_ray.checkpoint.inference import resolve_source
 from moe_ray.config import ServeConfig, build_config
 from moe_ray.errors import ConfigError
+from moe_ray.serving.api_keys import load_keys
 from moe_ray.serving.deployment import make_application
 from moe_ray.serving.engine.engine import check_faithful
 
@@ -40,4 +41,6 @@ def build(args: dict[str, str]) -> Application:
     overrides = [f"{key}={value}" for key, value in args.items() if key != "checkpoint"]
     config = build_config(settings.model_dump(mode="json"), overrides)
     check_faithful(config.model, config.serve.allow_unfaithful_routing)
+    # Told here in one line; a replica would be started again and again.
+    load_keys(config.serve.api_keys_file)
     return make_application(str(path), config.serve)

@@ -15,6 +15,7 @@ from moe_ray.config import ModelConfig, ServeConfig
 from moe_ray.data.tokenizer import train_tokenizer
 from moe_ray.models.hf.save import save_folder
 from moe_ray.models.transformer import build_model
+from moe_ray.serving.access import Access
 from moe_ray.serving.app import make_app
 from moe_ray.serving.completions import CompletionService
 from tests.conftest import free_port
@@ -81,11 +82,13 @@ def load_chat_model(folder: Path) -> InferenceModel:
 
 
 @contextlib.contextmanager
-def served(model: InferenceModel, config: ServeConfig) -> Iterator[str]:
+def served(model: InferenceModel, config: ServeConfig, access: Access | None = None) -> Iterator[str]:
     """The address of a real server of the routes."""
     service = CompletionService(model, config)
     port = free_port()
-    settings = uvicorn.Config(make_app(service), host="127.0.0.1", port=port, log_level="warning", lifespan="off")
+    settings = uvicorn.Config(
+        make_app(service, access), host="127.0.0.1", port=port, log_level="warning", lifespan="off"
+    )
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run)
     thread.start()

@@ -16,6 +16,7 @@ from moe_ray.serving.openai import chat, completions
 from moe_ray.serving.openai.base import to_json, usage
 from moe_ray.serving.openai.errors import error_body
 from moe_ray.serving.openai.sampling import score
+from moe_ray.serving.usage import current_usage
 
 
 class Wire(Protocol):
@@ -142,7 +143,11 @@ class Exchange:
         for index, echo in enumerate(self.echoes):
             yield index, echo
         if stream is not None:
+            taken = current_usage()
+            counts: dict[int, int] = {}
             async for index, chunk in stream:
+                taken.completion_tokens += chunk.num_tokens - counts.get(index, 0)
+                counts[index] = chunk.num_tokens
                 yield index, _behind(self.echoes[index], chunk) if self.echoes else chunk
 
     def _best(self, texts: dict[int, list[Chunk]], prompt: int) -> list[int]:

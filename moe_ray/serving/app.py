@@ -5,33 +5,41 @@ import logging
 from typing import Any, NoReturn
 
 from fastapi import FastAPI
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_ray.errors import RequestError
+from moe_ray.serving.access import Access, Guard, Observer
 from moe_ray.serving.completions import CompletionService
-from moe_ray.serving.openai.base import to_json
+from moe_ray.serving.metrics import Metrics
 from moe_ray.serving.openai.chat import ChatCompletion, ChatCompletionChunk, ChatRequest
 from moe_ray.serving.openai.completions import Completion, CompletionRequest
 from moe_ray.serving.openai.document import describe, document_requests
 from moe_ray.serving.openai.embeddings import EmbeddingRequest, Embeddings, RoutingRequest, Routings
-from moe_ray.serving.openai.errors import error_body, error_responses
+from moe_ray.serving.openai.errors import ANY, GUARDED, error_body, error_responses
 from moe_ray.serving.openai.models import Model, ModelList, Status
+from moe_ray.serving.responses import error_response, json_response
+from moe_ray.serving.usage import current_usage
 
 _logger = logging.getLogger(__name__)
-_RETRY_AFTER_SECONDS = "1"
 
 
-def make_app(service: CompletionService) -> FastAPI:
-    """The ASGI application that serves a model."""
+def make_app(service: CompletionService, access: Access | None = None) -> FastAPI:
+    """The ASGI application that serves a model; without an access to anybody, as in tests."""
+    access = access or Access()
+    metrics = Metrics(access.replica, service.stats)
     app = FastAPI(title="moe_ray", docs_url=None, redoc_url=None, redirect_slashes=False)
+    # Each goes around those before it.
+    app.add_middleware(Guard, access=access, usage=current_usage)
     app.add_middleware(ErrorBoundary)
+    app.add_middleware(Observer, access=access, metrics=metrics)
     app.exception_handler(RequestError)(_answer_request_error)
     app.exception_handler(HTTPException)(_answer_http_exception)
     _add_model_routes(app, service)
-    _add_health_routes(app, service)
+    _add_health_routes(app, service, metrics)
 
     @app.post("/v1/completions", **describe(CompletionRequest, Completion, Completion))
     async def complete(request: Request) -> Response:
@@ -53,35 +61,43 @@ def make_app(service: CompletionService) -> FastAPI:
         """Show which experts each token of a text meets."""
         return await service.route(await read_json(request, service.max_body_bytes))
 
-    document_requests(app)
+    document_requests(app, needs_key=bool(access.keys))
     return app
 
 
 def _add_model_routes(app: FastAPI, service: CompletionService) -> None:
-    @app.get("/v1/models", responses={200: {"model": ModelList}, **error_responses(500)})
+    @app.get("/v1/models", responses={200: {"model": ModelList}, **error_responses(*GUARDED)})
     async def list_models() -> Response:
         """The one model that is served."""
-        return _json({"object": "list", "data": [service.model_body]})
+        return json_response({"object": "list", "data": [service.model_body]})
 
-    @app.get("/v1/models/{name:path}", responses={200: {"model": Model}, **error_responses(404, 500)})
+    @app.get("/v1/models/{name:path}", responses={200: {"model": Model}, **error_responses(*GUARDED, 404)})
     async def get_model(name: str) -> Response:
         """One model."""
         service.check_model(name)
-        return _json(service.model_body)
+        return json_response(service.model_body)
 
 
-def _add_health_routes(app: FastAPI, service: CompletionService) -> None:
-    @app.get("/healthz", responses={200: {"model": Status}, **error_responses(500)})
+def _add_health_routes(app: FastAPI, service: CompletionService, metrics: Metrics) -> None:
+    @app.get("/healthz", responses={200: {"model": Status}, **error_responses(*ANY)})
     async def is_alive() -> Response:
         """The process answers."""
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
-    @app.get("/readyz", responses={200: {"model": Status}, **error_responses(500, 503)})
+    @app.get("/readyz", responses={200: {"model": Status}, **error_responses(*ANY, 503)})
     async def is_ready() -> Response:
         """The model is loaded and its engine runs."""
         if not service.is_ready:
             raise RequestError("the engine has stopped.", "try again later.", status=503, code="overloaded")
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
+
+    text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+    found = {200: {"description": "Prometheus' text format.", **text}, **error_responses(*GUARDED)}
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=found)
+    async def show_metrics() -> Response:
+        """The metrics of the replica that answers."""
+        return Response(metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
@@ -132,19 +148,14 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(to_json(body), status, headers, media_type="application/json")
-
-
 async def _answer_request_error(_: Request, error: RequestError) -> Response:
-    headers = {"retry-after": _RETRY_AFTER_SECONDS} if error.status == 503 else None
-    return _json(error_body(error), error.status, headers)
+    return error_response(error)
 
 
 async def _answer_http_exception(request: Request, error: HTTPException) -> Response:
     problem = f"{request.method} {request.url.path[:200]}: {error.detail}."
     body = error_body(RequestError(problem, "see /openapi.json for the routes.", status=error.status_code))
-    return _json(body, error.status_code, dict(error.headers or {}))
+    return json_response(body, error.status_code, dict(error.headers or {}))
 
 
 class ErrorBoundary:
@@ -169,7 +180,7 @@ class ErrorBoundary:
         except Exception:
             if started or scope["type"] != "http":
                 raise
-            request_id = Request(scope).headers.get("x-request-id", "unknown")[:100]
+            request_id = current_usage().request_id
             _logger.exception("request %r failed", request_id)
             error = RequestError(f"internal error in request {request_id}.", "try again.", status=500)
-            await _json(error_body(error), 500)(scope, receive, send)
+            await error_response(error)(scope, receive, send)

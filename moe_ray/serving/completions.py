@@ -20,8 +20,9 @@ from moe_ray.serving.engine import probe
 from moe_ray.serving.engine.engine import check_faithful
 from moe_ray.serving.engine.grammar import Grammar, GrammarCompiler
 from moe_ray.serving.engine.request import Chunk, Request, SamplingParams, check_prompt
+from moe_ray.serving.engine.stats import EngineStats
 from moe_ray.serving.engine.thread import EngineThread
-from moe_ray.serving.openai.base import parse, to_json
+from moe_ray.serving.openai.base import parse
 from moe_ray.serving.openai.chat import ChatRequest, parse_chat_request
 from moe_ray.serving.openai.completions import (
     CompletionRequest,
@@ -40,6 +41,8 @@ from moe_ray.serving.openai.embeddings import (
 from moe_ray.serving.openai.models import model_body
 from moe_ray.serving.openai.sampling import SamplingFields
 from moe_ray.serving.prompts import check_length, echo_chunk, encode_prompt, too_long
+from moe_ray.serving.responses import json_response
+from moe_ray.serving.usage import current_usage
 
 # Tokens of all inputs of a request that looks at texts; as many as OpenAI takes.
 _MAX_INPUT_TOKENS = 300_000
@@ -75,6 +78,10 @@ class CompletionService:
         """Whether requests are answered; once false it stays so."""
         return self._engine.is_alive
 
+    def stats(self) -> EngineStats:
+        """What the engine has done and holds."""
+        return self._engine.stats()
+
     def close(self) -> None:
         """Stop the engine."""
         self._engine.stop()
@@ -99,6 +106,7 @@ class CompletionService:
         """
         request = parse_completion_request(body)
         self.check_model(request.model)
+        current_usage().prompt = request.prompt
         candidates = max(request.n, request.best_of or 0)
         texts = parse_prompts(request.prompt)
         self._check_count(len(texts), candidates)
@@ -123,6 +131,7 @@ class CompletionService:
         """Answer `POST /v1/chat/completions`."""
         request = parse_chat_request(body)
         self.check_model(request.model)
+        current_usage().prompt = body["messages"]
         self._check_count(1, request.n)
         prompt = self._render(request)
         room = max(self._max_context - len(prompt), 1)
@@ -154,7 +163,7 @@ class CompletionService:
                 )
             unit_D = mean_D / mean_D.norm().clamp(min=1e-12)
             data.append(embedding_body(index, unit_D.tolist(), request.encoding_format))
-        return _json(list_body(request.model, data, sum(map(len, inputs))))
+        return json_response(list_body(request.model, data, sum(map(len, inputs))))
 
     async def route(self, body: Mapping[str, Any]) -> Response:
         """Answer `POST /v1/routing`: which experts each token meets."""
@@ -175,10 +184,11 @@ class CompletionService:
                 text_routing(index, token_ids, zip(config.moe_layers, layers, strict=True), self._tokenizer)
             )
         sizes = {"num_experts": config.num_experts, "top_k": config.top_k}
-        return _json(list_body(request.model, data, sum(map(len, inputs))) | sizes)
+        return json_response(list_body(request.model, data, sum(map(len, inputs))) | sizes)
 
     async def _answer(self, request: SamplingFields, exchange: Exchange, requests: Sequence[Request]) -> Response:
         stream = self._engine.submit(requests) if requests else None
+        current_usage().prompt_tokens = exchange.prompt_tokens
         if request.stream:
             return exchange.stream(stream)
         if stream is None:
@@ -215,6 +225,7 @@ class CompletionService:
 
     def _inputs(self, request: EmbeddingRequest | RoutingRequest) -> list[tuple[int, ...]]:
         self.check_model(request.model)
+        current_usage().prompt = request.input
         texts = parse_prompts(request.input, "input")
         if len(texts) > MAX_INPUTS:
             raise RequestError(f"the input has {len(texts)} texts.", f"send at most {MAX_INPUTS}.", param="input")
@@ -228,6 +239,7 @@ class CompletionService:
                 raise RequestError(
                     "the input has too many tokens.", f"send at most {_MAX_INPUT_TOKENS} at a time.", param="input"
                 )
+        current_usage().prompt_tokens = total
         return inputs
 
     def _check_input(self, token_ids: Sequence[int], param: str) -> None:
@@ -267,7 +279,3 @@ def _requests(
 ) -> list[Request]:
     deadline = None if request.timeout is None else time.monotonic() + request.timeout
     return [Request(uuid.uuid4().hex, prompt, p, request.priority, deadline) for prompt in prompts for p in params]
-
-
-def _json(body: Mapping[str, Any]) -> Response:
-    return Response(to_json(body), media_type="application/json")

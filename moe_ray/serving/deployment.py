@@ -7,6 +7,7 @@ from ray.serve import Application
 from moe_ray.checkpoint.inference import load_for_inference
 from moe_ray.config import ServeConfig
 from moe_ray.cpu import set_threads
+from moe_ray.serving.access import open_access
 from moe_ray.serving.app import make_app
 from moe_ray.serving.autoscaling import make_autoscaling_config, max_ongoing_requests
 from moe_ray.serving.completions import CompletionService
@@ -20,13 +21,16 @@ class LanguageModel:
     """Loads a checkpoint and answers the routes of `serving.app` with it."""
 
     def __init__(self, checkpoint: str, config: ServeConfig) -> None:
+        # Before the model, which takes longer. Serve adds the request id to all answers.
+        replica = serve.get_replica_context().replica_tag
+        self._access = open_access(config, replica, _count_replicas, answers_id=False)
         set_threads(config.cpus_per_replica)
         device = "cuda" if config.gpus_per_replica else "cpu"
         self._service = CompletionService(load_for_inference(checkpoint, config.dtype, device), config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve after the constructor."""
-        return make_app(self._service)
+        return make_app(self._service, self._access)
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""
@@ -37,6 +41,10 @@ class LanguageModel:
         """Called by Serve when the replica shuts down."""
         if hasattr(self, "_service"):
             self._service.close()
+
+
+def _count_replicas() -> int:
+    return serve.get_replica_context().world_size
 
 
 def make_application(checkpoint: str, config: ServeConfig) -> Application:

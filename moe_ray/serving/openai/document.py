@@ -10,8 +10,9 @@ from moe_ray.serving.openai.base import Answer, Fields
 from moe_ray.serving.openai.chat import ChatCompletionChunk, ChatRequest
 from moe_ray.serving.openai.completions import CompletionRequest
 from moe_ray.serving.openai.embeddings import EmbeddingRequest, RoutingRequest
-from moe_ray.serving.openai.errors import ENGINE, error_responses
+from moe_ray.serving.openai.errors import ENGINE, GENERATING, error_responses
 
+_OPEN = ("/healthz", "/readyz")
 _REFERENCE = "#/components/schemas/{model}"
 # FastAPI finds the other bodies itself.
 _BODIES: tuple[type[BaseModel], ...] = (
@@ -35,11 +36,12 @@ def describe(body: type[Fields], answer: type[Answer], event: type[Answer] | Non
         success["content"] = {"text/event-stream": {"schema": {"type": "string", "description": said}}}
     schema = {"$ref": _REFERENCE.format(model=body.__name__)}
     request = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return {"responses": {200: success, **error_responses(*ENGINE)}, "openapi_extra": {"requestBody": request}}
+    errors = error_responses(*(ENGINE if event is None else GENERATING))
+    return {"responses": {200: success, **errors}, "openapi_extra": {"requestBody": request}}
 
 
-def document_requests(app: FastAPI) -> None:
-    """Add the schemas that `describe` refers to to the document of an application."""
+def document_requests(app: FastAPI, needs_key: bool) -> None:
+    """Add the schemas that `describe` refers to, and the API key, to the document of an application."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -48,6 +50,11 @@ def document_requests(app: FastAPI) -> None:
         _, found = models_json_schema([(body, "validation") for body in _BODIES], ref_template=_REFERENCE)
         schemas.update(found["$defs"])
         _forget_validation(document)
+        if needs_key:
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            for path, operations in document["paths"].items():
+                for operation in operations.values():
+                    operation["security"] = [] if path in _OPEN else [{"key": []}]
         return document
 
     # As FastAPI's documentation says to extend it.

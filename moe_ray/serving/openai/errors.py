@@ -8,15 +8,22 @@ from moe_ray.serving.openai.base import Answer
 # Every status that is no success, by what it means.
 STATUSES = {
     400: "The request is malformed, or a field is unknown, unsupported or out of range.",
+    401: "The API key is missing or wrong.",
     404: "There is no such model or route.",
     405: "The route has another method.",
     413: "The body is too large.",
     415: "The body is not declared as JSON.",
+    429: "The API key has used up a limit; Retry-After says when to come back.",
     500: "The server failed; the log names the request id.",
     503: "There is no room, or the engine has stopped; Retry-After says when to come back.",
+    504: "The request's timeout passed before its answer was complete.",
 }
-# Those of every route with a body that the engine works on.
-ENGINE = (400, 404, 413, 415, 500, 503)
+# Those of every route; of those that need a key; of those with a body that the engine works on; of those with a
+# timeout.
+ANY = (400, 500)
+GUARDED = (*ANY, 401, 429)
+ENGINE = (*GUARDED, 404, 413, 415, 503)
+GENERATING = (*ENGINE, 504)
 
 
 class ErrorDetails(Answer):

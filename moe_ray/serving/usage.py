@@ -1,0 +1,38 @@
+"""What one HTTP request took, filled in on its way and read when it ends."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from moe_ray.serving.api_keys import ApiKey
+
+
+@dataclass
+class Usage:
+    """The request that this context works on.
+
+    Attributes:
+        key: who asks; None: anybody may, or nobody known did.
+        prompt: what was asked, as it was sent.
+    """
+
+    request_id: str = ""
+    key: ApiKey | None = None
+    prompt: Any = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+_current: ContextVar[Usage] = ContextVar("usage")
+
+
+def current_usage() -> Usage:
+    """That of this context; outside of a request one that nobody reads."""
+    return _current.get(Usage())
+
+
+def begin_usage(request_id: str) -> Usage:
+    """Begin that of a request, in whose context it stays."""
+    usage = Usage(request_id)
+    _current.set(usage)
+    return usage
