@@ -31,7 +31,9 @@ def main(options: argparse.Namespace) -> None:
     """
     config = load_config(options.config, options.overrides)
     faults = _faults(options.faults)
-    plan = plan_faults(faults, options.count or len(faults), options.seed, config)
+    _check_numbers(options)
+    count = len(faults) if options.count is None else options.count
+    plan = plan_faults(faults, count, options.seed, config)
     print("\n".join(f"step {planned.step:>8}  {planned.fault}" for planned in plan), flush=True)
     # Here, so that a mistake in the settings is answered before torch and Ray are imported.
     from moe_ray.training.chaos.faults import Options
@@ -42,7 +44,8 @@ def main(options: argparse.Namespace) -> None:
     setup_logging(config.telemetry.log_level)
     connect(config.parallel, log_to_driver=False)
     # Ray has just put its own in place; leaving by an exception ends what was started.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     outcome = run_chaos(
         with_absolute_storage(config),
         [options.config, *options.overrides],
@@ -57,6 +60,13 @@ def main(options: argparse.Namespace) -> None:
     )
     if outcome.wrong:
         raise TrainingError(f"{'; '.join(outcome.wrong)}.", "see the output of the runs, named above.")
+    struck = sum(row.was_run for row in outcome.rows)
+    print(f"passed: {struck} of {len(outcome.rows)} faults struck, no sample was lost", flush=True)
+
+
+def _stop(number: int, _: object) -> None:
+    print("stopping: the run that is training saves its step and ends", file=sys.stderr, flush=True)
+    sys.exit(128 + number)
 
 
 def _teller() -> Callable[[str], None]:
@@ -75,18 +85,45 @@ def _faults(text: str) -> list[Fault]:
         raise ConfigError(f"--faults: {error}.", f"use some of {', '.join(Fault)}.") from None
 
 
-def _parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def _check_numbers(options: argparse.Namespace) -> None:
+    least = {"count": 1, "seed": 0, "outage_seconds": 0, "drain_seconds": 1, "full_disk_mib": 1}
+    for name, minimum in least.items():
+        value = getattr(options, name)
+        if value is not None and not minimum <= value < float("inf"):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option}={value} is not allowed.", f"use a number of at least {minimum}.")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of a command line; prints the help and exits if there is none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="section.field=value", nargs="*")
-    parser.add_argument("--faults", default=",".join(Fault), help="some of %(default)s")
+    parser.add_argument("--faults", default=",".join(Fault), help=f"default: all of {', '.join(Fault)}")
     parser.add_argument("--count", type=int, help="how many strike; default: each once")
-    parser.add_argument("--seed", type=int, default=0, help="chooses order, steps and victims")
-    parser.add_argument("--outage-seconds", type=float, default=5.0, help="a disk is full, or storage cut off")
-    parser.add_argument("--drain-seconds", type=int, default=15, help="from a node's announced to its real end")
-    parser.add_argument("--full-disk-mib", type=int, default=64, help="a disk with more free MiB is not filled")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="chooses order, steps and victims; default: %(default)s"
+    )
+    parser.add_argument(
+        "--outage-seconds",
+        type=float,
+        default=5.0,
+        help="a disk is full, or storage cut off; default: %(default)s",
+    )
+    parser.add_argument(
+        "--drain-seconds",
+        type=int,
+        default=15,
+        help="from a node's announced to its real end; default: %(default)s",
+    )
+    parser.add_argument(
+        "--full-disk-mib", type=int, default=64, help="a disk with more free is not filled; default: %(default)s"
+    )
+    if not (sys.argv[1:] if arguments is None else arguments):
+        parser.print_help()
+        sys.exit(2)
     return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":
-    exit_on_error(lambda: main(_parse()))
+    exit_on_error(lambda: main(parse()))

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+from moe_ray.checkpoint.catalog import list_steps
 from moe_ray.config import Config, build_config
 from moe_ray.errors import ConfigError
+from moe_ray.storage import open_storage
+from moe_ray.telemetry.run_log import read_metrics
 from moe_ray.training.chaos.network import insert_proxy
 from moe_ray.training.chaos.report import (
     LossDifference,
@@ -188,7 +193,7 @@ def nodes() -> Iterator[str]:
             cluster.shutdown()
 
 
-def chaos(tmp_path: Path, address: str, storage: str, *options: str) -> subprocess.CompletedProcess[str]:
+def start(tmp_path: Path, address: str, storage: str, *options: str) -> subprocess.Popen[str]:
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     settings = tiny_settings(copy_corpus(corpus), tmp_path / "runs", "run")
@@ -197,16 +202,22 @@ def chaos(tmp_path: Path, address: str, storage: str, *options: str) -> subproce
     settings["checkpoint"] |= {"every": 5, "retry_seconds": 1, "max_failures": 1000}
     settings["parallel"] = {"workers": [1, 4], "ep": "auto", "grow_after_seconds": 2, "timeout_seconds": 10}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    result = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "jobs/chaos.py", str(tmp_path / "tiny.yaml"), *options],
         env=os.environ | {"RAY_ADDRESS": address},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=800,
     )
-    print(result.stdout)
-    return result
+
+
+def chaos(tmp_path: Path, address: str, storage: str, *options: str) -> str:
+    """Output of a job that passes."""
+    with start(tmp_path, address, storage, *options) as process:
+        output, _ = process.communicate(timeout=800)
+    assert process.returncode == 0, output
+    print(output)
+    return output
 
 
 def rows(output: str) -> dict[str, list[str]]:
@@ -218,12 +229,37 @@ def rows(output: str) -> dict[str, list[str]]:
 
 @pytest.mark.cluster
 @pytest.mark.slow
+def test_ctrl_c_ends_both(nodes: str, tmp_path: Path) -> None:
+    storage = tmp_path / "runs"
+    with start(tmp_path, nodes, str(storage), "--faults", "kill_worker") as process:
+        assert process.stdout is not None
+        run = storage / "run-reference"
+        while not read_metrics(run):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert output.endswith("stopping: the run that is training saves its step and ends\n")
+    assert "Traceback" not in output
+    assert max(list_steps(open_storage(str(run)))) == read_metrics(run)[-1]["step"]
+
+
+@pytest.mark.parametrize("option", ["--count=0", "--seed=-1", "--outage-seconds=nan", "--drain-seconds=0"])
+def test_number_out_of_range_is_refused(option: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "jobs/chaos.py", "jobs/configs/quickstart.yaml", option], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert re.fullmatch(rf"error: {option[:-1]}\S+ is not allowed\. Fix: .*\n", result.stderr)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_all_faults_of_a_cluster_with_a_small_disk(nodes: str, disk: Path, tmp_path: Path) -> None:
-    result = chaos(tmp_path, nodes, str(disk))
-    assert result.returncode == 0, result.stdout
-    found = rows(result.stdout)
+    found = rows(chaos(tmp_path, nodes, str(disk)))
     assert found.keys() == set(Fault)
     cut = found.pop(Fault.CUT_STORAGE)
     assert cut[-1].startswith("not run: train.storage is no s3://")
@@ -241,9 +277,9 @@ def test_all_faults_of_a_cluster_with_a_small_disk(nodes: str, disk: Path, tmp_p
 @pytest.mark.timeout(900)
 def test_faults_with_an_object_store(nodes: str, s3: S3Server, tmp_path: Path) -> None:
     faults = [Fault.CUT_STORAGE, Fault.KILL_WORKER, Fault.CORRUPT_CHECKPOINT, Fault.FULL_DISK]
-    result = chaos(tmp_path, nodes, s3.fresh_uri(), "--faults", ",".join(faults))
-    assert result.returncode == 0, result.stdout
-    found = rows(result.stdout)
+    output = chaos(tmp_path, nodes, s3.fresh_uri(), "--faults", ",".join(faults))
+    assert "passed: 3 of 4 faults struck" in output
+    found = rows(output)
     assert found.keys() == set(faults)
     assert found[Fault.FULL_DISK][-1] == "not run: the storage is no disk"
 

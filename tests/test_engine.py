@@ -1,8 +1,10 @@
 """The generation engine: the same tokens as a plain forward pass, whatever shares the batch."""
 
 import asyncio
+import itertools
 import random
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,10 +12,11 @@ import torch
 
 from moe_ray.errors import RequestError
 from moe_ray.models.transformer import build_model
+from moe_ray.serving.engine.adjust import adjust
 from moe_ray.serving.engine.detokenizer import Detokenizer, StopFilter
 from moe_ray.serving.engine.engine import Engine
 from moe_ray.serving.engine.request import Request, SamplingParams
-from moe_ray.serving.engine.sampler import make_generator, sample
+from moe_ray.serving.engine.sampler import Row, sample
 from moe_ray.serving.engine.thread import EngineThread
 from tests.engines import MAX_CONTEXT, expected, greedy, make_model, make_prompt, make_request, make_tokenizer, run
 
@@ -91,7 +94,12 @@ class TestSameTokens:
     def test_end_of_text_token_stops(self, model, tokenizer):
         tokens = greedy(model, tokenizer, [5, 6], 12)
         length = next(i for i in range(4, 12) if tokens[i] not in tokens[:i])
-        ending = SimpleNamespace(eos_id=tokens[length], vocab_size=tokenizer.vocab_size, decode=tokenizer.decode)
+        ending = SimpleNamespace(
+            eos_id=tokens[length],
+            stop_ids=frozenset({tokens[length]}),
+            vocab_size=tokenizer.vocab_size,
+            decode=tokenizer.decode,
+        )
         engine = Engine(model, ending, max_batch_size=1, max_context=MAX_CONTEXT)
         request = make_request("r", [5, 6], max_tokens=12)
         assert run(engine, request)[0][:3] == (tokenizer.decode(tokens[:length]), "stop", length + 1)
@@ -146,23 +154,19 @@ class TestSampling:
             (SamplingParams(top_p=1e-9), torch.tensor([1.0, 0, 0, 0, 0])),
             (SamplingParams(temperature=1e-300), torch.tensor([1.0, 0, 0, 0, 0])),
         ):
-            generator = torch.Generator().manual_seed(0)
-            choices = sample(logits_BV, [params] * 1500, [generator] * 1500)
+            choices = sample(logits_BV, [Row(replace(params, seed=seed)) for seed in range(1500)])
             counts = torch.bincount(torch.tensor([choice.token_id for choice in choices]), minlength=5)
             torch.testing.assert_close(counts / 1500, kept / kept.sum(), atol=0.04, rtol=0)
             assert not counts[kept == 0].any()
 
     def test_top_p_beyond_the_first_candidates(self):
         logits_BV = torch.zeros(1, 3000)
-        params = SamplingParams(top_p=0.99)
-        drawn = {
-            sample(logits_BV, [params], [make_generator(SamplingParams(seed=s))])[0].token_id for s in range(50)
-        }
+        drawn = {sample(logits_BV, [Row(SamplingParams(top_p=0.99, seed=s))])[0].token_id for s in range(50)}
         assert len(drawn) > 40
 
     def test_rows_do_not_see_each_other(self):
         torch.manual_seed(0)
-        logits_BV = torch.randn(6, 500)
+        logits_BV = torch.randn(8, 500)
         params = [
             SamplingParams(temperature=0),
             SamplingParams(seed=1),
@@ -170,15 +174,34 @@ class TestSampling:
             SamplingParams(seed=3, top_k=300),
             SamplingParams(seed=4, temperature=0.3, logprobs=0),
             SamplingParams(seed=-5, top_k=3, top_p=0.9),
+            SamplingParams(seed=6, min_p=0.2, presence_penalty=1.5, frequency_penalty=-0.5),
+            SamplingParams(seed=7, repetition_penalty=1.3, logit_bias=((3, 4.0), (5, -2.0))),
         ]
-        together = sample(logits_BV, params, [make_generator(p) for p in params])
-        alone = [sample(logits_BV[i : i + 1], [p], [make_generator(p)])[0] for i, p in enumerate(params)]
+        together = sample(logits_BV, [Row(p) for p in params])
+        alone = [sample(logits_BV[i : i + 1], [Row(p)])[0] for i, p in enumerate(params)]
         assert together == alone
+
+    def test_penalties_and_biases_by_the_numbers(self):
+        params = SamplingParams(
+            presence_penalty=0.5,
+            frequency_penalty=0.25,
+            repetition_penalty=2.0,
+            logit_bias=((3, 1.5), (0, -1.0)),
+        )
+        row = Row(params, prompt_ids=(1, 4))
+        logits_BV = torch.tensor([[1.0, 2.0, 3.0, -4.0, -5.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+        first_BV = adjust(logits_BV, [row.adjustments, None])
+        torch.testing.assert_close(first_BV[0], torch.tensor([0.0, 1.0, 3.0, -2.5, -10.0]))
+        for token in (2, 2, 3):
+            assert row.accept(token)
+        second_BV = adjust(logits_BV, [row.adjustments, None])
+        torch.testing.assert_close(second_BV[0], torch.tensor([0.0, 1.0, 0.5, -7.25, -10.0]))
+        assert torch.equal(second_BV[1], logits_BV[1])
+        assert adjust(logits_BV, [None, None]) is logits_BV
 
     def test_logprobs_are_of_the_raw_logits(self):
         logits_BV = torch.tensor([[1.0, 3.0, 2.0]])
-        params = SamplingParams(temperature=0, logprobs=2)
-        choice = sample(logits_BV, [params], [make_generator(params)])[0]
+        choice = sample(logits_BV, [Row(SamplingParams(temperature=0, logprobs=2))])[0]
         reference = logits_BV[0].log_softmax(0)
         assert choice.logprob.chosen == pytest.approx(float(reference[1]))
         assert [token for token, _ in choice.logprob.top] == [1, 2]
@@ -190,7 +213,7 @@ class TestSampling:
     )
     def test_broken_logits_end_their_own_row_only(self, bad, params):
         logits_BV = torch.tensor([[0.0, bad, 1.0], [0.0, 9e9, 0.0]])
-        broken, fine = sample(logits_BV, [params] * 2, [make_generator(params)] * 2)
+        broken, fine = sample(logits_BV, [Row(params), Row(params)])
         assert broken.token_id is None
         assert fine.token_id == 1
 
@@ -206,7 +229,13 @@ class TestSampling:
             ("max_tokens", 0),
             ("max_tokens", -(10**400)),
             ("seed", 2**63),
-            ("logprobs", 6),
+            ("logprobs", 21),
+            ("min_p", 1.1),
+            ("presence_penalty", float("inf")),
+            ("frequency_penalty", -2.1),
+            ("repetition_penalty", 0.0),
+            ("logit_bias", ((1, 101.0),)),
+            ("logit_bias", ((1, 0.0),) * 1025),
             ("stop", ("",)),
             ("stop", ("a",) * 5),
             ("stop", ("a" * 1001,)),
@@ -377,6 +406,64 @@ class TestThread:
         asyncio.run(main())
         assert not engine._generations
         assert thread.is_alive
+
+    def test_calls_run_one_by_one_between_steps(self, thread, engine, monkeypatch):
+        order, step = [], engine.step
+
+        def noted_step():
+            order.append("step")
+            return step()
+
+        monkeypatch.setattr(engine, "step", noted_step)
+
+        def look(name):
+            assert threading.current_thread().name == "engine"
+            order.append(name)
+            return name
+
+        async def main():
+            async with thread.submit([make_request("r", [5], max_tokens=50)]) as stream:
+                names = await asyncio.gather(*[thread.call(lambda n=name: look(n)) for name in "abcd"])
+                assert names == list("abcd")
+                return await collect(stream)
+
+        assert asyncio.run(main())
+        places = [order.index(name) for name in "abcd"]
+        assert all("step" in order[first:second] for first, second in itertools.pairwise(places))
+
+    def test_failure_of_a_call_is_its_own(self, thread):
+        async def main():
+            with pytest.raises(ZeroDivisionError):
+                await thread.call(lambda: 1 / 0)
+            assert await thread.call(lambda: 5) == 5
+            thread.stop()
+            with pytest.raises(RequestError) as caught:
+                await thread.call(lambda: 5)
+            assert caught.value.status == 503
+
+        asyncio.run(main())
+
+    def test_too_many_calls_are_refused_and_stopping_ends_those_that_wait(self, thread):
+        begun, go = threading.Event(), threading.Event()
+
+        def block():
+            begun.set()
+            assert go.wait(10)
+
+        async def main():
+            running = asyncio.ensure_future(thread.call(block))
+            assert await asyncio.to_thread(begun.wait, 10)
+            waiting = [asyncio.ensure_future(thread.call(lambda: 1)) for _ in range(7)]
+            with pytest.raises(RequestError, match="6 requests are waiting"):
+                await waiting[6]
+            stopping = asyncio.ensure_future(asyncio.to_thread(thread.stop))
+            while thread.is_alive:
+                await asyncio.sleep(0)
+            go.set()
+            await asyncio.gather(running, stopping)
+            return await asyncio.gather(*waiting[:6], return_exceptions=True)
+
+        assert [error.status for error in asyncio.run(main())] == [503] * 6
 
     def test_engine_failure_reaches_every_request_and_health(self, thread, engine, monkeypatch):
         reached, fail = threading.Event(), threading.Event()

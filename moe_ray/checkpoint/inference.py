@@ -1,6 +1,7 @@
 """Open a checkpoint or a Hugging Face folder to evaluate, serve or export it."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ class InferenceModel:
         step: optimizer steps it was trained for; 0 for a Hugging Face folder.
         data_digest: identity of the tokens it was trained on; empty for a Hugging Face folder.
         path: the checkpoint directory or the folder.
+        sidecars: the small files around the weights of a Hugging Face folder, by name, or of the one that the run
+            started from.
     """
 
     model: Transformer
@@ -37,6 +40,7 @@ class InferenceModel:
     step: int
     data_digest: str
     path: Path
+    sidecars: Mapping[str, bytes]
 
     @property
     def name(self) -> str:
@@ -75,9 +79,10 @@ def load_for_inference(
     elif folder is not None:
         load_weights(folder, model)
     model.requires_grad_(False)
-    tokenizer = load_tokenizer(path / TOKENIZER, opened.eos_id)
+    sidecars = read_sidecars(path)
+    tokenizer = load_tokenizer(path / TOKENIZER, opened.eos_id, _stop_ids(sidecars, config.model.vocab_size))
     step, digest = (manifest.step, manifest.data_digest) if manifest is not None else (0, "")
-    return InferenceModel(model.eval(), tokenizer, config, step, digest, path)
+    return InferenceModel(model.eval(), tokenizer, config, step, digest, path, sidecars)
 
 
 def resolve_source(source: str | Path) -> tuple[Path, Config]:
@@ -125,10 +130,15 @@ def _open_hf_folder(folder: Path) -> _Opened:
         }
     )
     # Chat models end a turn with a token of their own, the first if there are several.
-    eos_id = token_ids(read_sidecars(folder))["eos_token_id"]
-    eos_id = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
-    known = isinstance(eos_id, int) and eos_id < model.vocab_size
-    return _Opened(folder, config, manifest=None, eos_id=eos_id if known else None)
+    stop_ids = _stop_ids(read_sidecars(folder), model.vocab_size)
+    return _Opened(folder, config, manifest=None, eos_id=stop_ids[0] if stop_ids else None)
+
+
+def _stop_ids(sidecars: Mapping[str, bytes], vocab_size: int) -> list[int]:
+    """The tokens that end a text by a generation config, none if it names none or one that the model lacks."""
+    ids = token_ids(sidecars)["eos_token_id"]
+    ids = ids if isinstance(ids, list) else [ids]
+    return ids if all(type(token_id) is int and 0 <= token_id < vocab_size for token_id in ids) else []
 
 
 def _cast(model: Transformer, dtype: torch.dtype) -> None:

@@ -42,7 +42,7 @@ class FileEntry(_Record):
 
     Attributes:
         name: file name inside the checkpoint folder.
-        kind: what it holds; inference reads `model` and `tokenizer`, `sidecar` files only go along for export.
+        kind: what it holds; inference reads all but `optimizer`. `sidecar` files say how chats are written.
         size: bytes.
         checksum: XXH3 of the content, 128 bits, hexadecimal. It finds damage, not malice.
         tensors: what a safetensors file holds, by name.

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
@@ -28,15 +29,17 @@ class Tokenizer:
     program can end a document. Nothing is added to a text: no begin or end token, padding or truncation.
 
     Attributes:
-        eos_id: id of the end-of-text token.
+        eos_id: id of the end-of-text token, which precedes every document.
+        stop_ids: tokens that end a generated text, `eos_id` among them.
         vocab_size: ids are in [0, vocab_size).
     """
 
-    def __init__(self, serialized: str, eos_id: int | None = None) -> None:
+    def __init__(self, serialized: str, eos_id: int | None = None, stop_ids: Iterable[int] = ()) -> None:
         """Read the content of a `tokenizer.json`.
 
         Args:
             eos_id: the token that ends a text; default: the one with a usual name.
+            stop_ids: more tokens that end one.
 
         Raises:
             DataError: it is no tokenizer or has no end-of-text token.
@@ -44,7 +47,13 @@ class Tokenizer:
         self._serialized = serialized
         self._backend = _parse(serialized)
         self.eos_id = _find_end_of_text(self._backend) if eos_id is None else eos_id
+        self.stop_ids = frozenset((self.eos_id, *stop_ids))
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def serialized(self) -> str:
+        """The `tokenizer.json`."""
+        return self._serialized
 
     @property
     def digest(self) -> str:
@@ -62,6 +71,29 @@ class Tokenizer:
             return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except TypeError:
             raise DataError("the text has half a surrogate pair.", "send valid Unicode.") from None
+
+    def encode_control(self, text: str) -> list[int]:
+        """Ids of a text in which control tokens, such as `<|im_end|>`, mean what they are: of the program's own.
+
+        Raises:
+            DataError: the text is no Unicode: it has half a surrogate pair.
+        """
+        try:
+            return self._with_control.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except TypeError:
+            raise DataError("the text has half a surrogate pair.", "send valid Unicode.") from None
+
+    @cached_property
+    def control_tokens(self) -> frozenset[str]:
+        """The tokens that `encode` takes for text and `encode_control` for what they are."""
+        added = self._backend.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
+    @cached_property
+    def _with_control(self) -> tokenizers.Tokenizer:
+        backend = _parse(self._serialized)
+        backend.encode_special_tokens = False
+        return backend
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of many texts, on all cores. About 100 bytes of memory a token: keep the batch small."""
@@ -81,8 +113,11 @@ class Tokenizer:
         path.write_text(self._serialized, encoding="utf-8")
 
 
-def load_tokenizer(path: str | Path, eos_id: int | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Path, eos_id: int | None = None, stop_ids: Iterable[int] = ()) -> Tokenizer:
     """Read a `tokenizer.json`, whose end-of-text token is the one with a usual name, unless `eos_id` is given.
+
+    Args:
+        stop_ids: more tokens that end a text.
 
     Raises:
         DataError: it is missing, unreadable, no tokenizer or has no end-of-text token.
@@ -93,7 +128,7 @@ def load_tokenizer(path: str | Path, eos_id: int | None = None) -> Tokenizer:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise DataError(f"tokenizer {str(path)!r} cannot be read: {reason}.", "give a tokenizer.json.") from None
     try:
-        return Tokenizer(serialized, eos_id)
+        return Tokenizer(serialized, eos_id, stop_ids)
     except DataError as error:
         raise DataError(f"tokenizer {str(path)!r}: {error.problem}", error.fix) from None
 

@@ -11,8 +11,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_ray.errors import RequestError
-from moe_ray.serving import api
 from moe_ray.serving.completions import CompletionService
+from moe_ray.serving.openai.base import to_json
+from moe_ray.serving.openai.chat import ChatCompletion, ChatCompletionChunk, ChatRequest
+from moe_ray.serving.openai.completions import Completion, CompletionRequest
+from moe_ray.serving.openai.document import describe, document_requests
+from moe_ray.serving.openai.embeddings import EmbeddingRequest, Embeddings, RoutingRequest, Routings
+from moe_ray.serving.openai.errors import error_body, error_responses
+from moe_ray.serving.openai.models import Model, ModelList, Status
 
 _logger = logging.getLogger(__name__)
 _RETRY_AFTER_SECONDS = "1"
@@ -24,38 +30,58 @@ def make_app(service: CompletionService) -> FastAPI:
     app.add_middleware(ErrorBoundary)
     app.exception_handler(RequestError)(_answer_request_error)
     app.exception_handler(HTTPException)(_answer_http_exception)
+    _add_model_routes(app, service)
+    _add_health_routes(app, service)
 
-    schema = {"content": {"application/json": {"schema": api.CompletionRequest.model_json_schema()}}}
-
-    @app.post("/v1/completions", openapi_extra={"requestBody": {**schema, "required": True}})
+    @app.post("/v1/completions", **describe(CompletionRequest, Completion, Completion))
     async def complete(request: Request) -> Response:
         """Continue a text."""
         return await service.complete(await read_json(request, service.max_body_bytes))
 
-    @app.get("/v1/models")
+    @app.post("/v1/chat/completions", **describe(ChatRequest, ChatCompletion, ChatCompletionChunk))
+    async def chat(request: Request) -> Response:
+        """Answer a conversation."""
+        return await service.chat(await read_json(request, service.max_body_bytes))
+
+    @app.post("/v1/embeddings", **describe(EmbeddingRequest, Embeddings))
+    async def embed(request: Request) -> Response:
+        """Turn texts into vectors."""
+        return await service.embed(await read_json(request, service.max_body_bytes))
+
+    @app.post("/v1/routing", **describe(RoutingRequest, Routings))
+    async def route(request: Request) -> Response:
+        """Show which experts each token of a text meets."""
+        return await service.route(await read_json(request, service.max_body_bytes))
+
+    document_requests(app)
+    return app
+
+
+def _add_model_routes(app: FastAPI, service: CompletionService) -> None:
+    @app.get("/v1/models", responses={200: {"model": ModelList}, **error_responses(500)})
     async def list_models() -> Response:
         """The one model that is served."""
         return _json({"object": "list", "data": [service.model_body]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses={200: {"model": Model}, **error_responses(404, 500)})
     async def get_model(name: str) -> Response:
         """One model."""
         service.check_model(name)
         return _json(service.model_body)
 
-    @app.get("/healthz")
+
+def _add_health_routes(app: FastAPI, service: CompletionService) -> None:
+    @app.get("/healthz", responses={200: {"model": Status}, **error_responses(500)})
     async def is_alive() -> Response:
         """The process answers."""
         return _json({"status": "ok"})
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses={200: {"model": Status}, **error_responses(500, 503)})
     async def is_ready() -> Response:
         """The model is loaded and its engine runs."""
         if not service.is_ready:
             raise RequestError("the engine has stopped.", "try again later.", status=503, code="overloaded")
         return _json({"status": "ok"})
-
-    return app
 
 
 async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
@@ -107,17 +133,17 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(api.to_json(body), status, headers, media_type="application/json")
+    return Response(to_json(body), status, headers, media_type="application/json")
 
 
 async def _answer_request_error(_: Request, error: RequestError) -> Response:
     headers = {"retry-after": _RETRY_AFTER_SECONDS} if error.status == 503 else None
-    return _json(api.error_body(error), error.status, headers)
+    return _json(error_body(error), error.status, headers)
 
 
 async def _answer_http_exception(request: Request, error: HTTPException) -> Response:
     problem = f"{request.method} {request.url.path[:200]}: {error.detail}."
-    body = api.error_body(RequestError(problem, "see /openapi.json for the routes.", status=error.status_code))
+    body = error_body(RequestError(problem, "see /openapi.json for the routes.", status=error.status_code))
     return _json(body, error.status_code, dict(error.headers or {}))
 
 
@@ -146,4 +172,4 @@ class ErrorBoundary:
             request_id = Request(scope).headers.get("x-request-id", "unknown")[:100]
             _logger.exception("request %r failed", request_id)
             error = RequestError(f"internal error in request {request_id}.", "try again.", status=500)
-            await _json(api.error_body(error), 500)(scope, receive, send)
+            await _json(error_body(error), 500)(scope, receive, send)

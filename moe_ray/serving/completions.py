@@ -1,28 +1,50 @@
-"""Answer completion requests with an engine."""
+"""Answer requests with a model and its engine."""
 
+import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import Response
 
 from moe_ray.checkpoint.inference import InferenceModel
 from moe_ray.config import ServeConfig
-from moe_ray.data.tokenizer import Tokenizer
 from moe_ray.errors import DataError, RequestError
-from moe_ray.serving import api
-from moe_ray.serving.engine.cache import FREE_SHARE
-from moe_ray.serving.engine.engine import Engine, check_faithful
-from moe_ray.serving.engine.request import Chunk, Request
-from moe_ray.serving.engine.thread import EngineThread, Stream
-from moe_ray.serving.engine.tiers import Tiering
+from moe_ray.serving.answers import ChatWire, CompletionWire, Exchange
+from moe_ray.serving.build_engine import build_engine
+from moe_ray.serving.chat_template import TEMPLATE_FILE, find_chat_template
+from moe_ray.serving.engine import probe
+from moe_ray.serving.engine.engine import check_faithful
+from moe_ray.serving.engine.grammar import Grammar, GrammarCompiler
+from moe_ray.serving.engine.request import Chunk, Request, SamplingParams, check_prompt
+from moe_ray.serving.engine.thread import EngineThread
+from moe_ray.serving.openai.base import parse, to_json
+from moe_ray.serving.openai.chat import ChatRequest, parse_chat_request
+from moe_ray.serving.openai.completions import (
+    CompletionRequest,
+    Prompt,
+    parse_completion_request,
+    parse_prompts,
+)
+from moe_ray.serving.openai.embeddings import (
+    MAX_INPUTS,
+    EmbeddingRequest,
+    RoutingRequest,
+    embedding_body,
+    list_body,
+    text_routing,
+)
+from moe_ray.serving.openai.models import model_body
+from moe_ray.serving.openai.sampling import SamplingFields
+from moe_ray.serving.prompts import check_length, echo_chunk, encode_prompt, too_long
 
-# Characters a token, to begin with, when looking whether a text can fit.
-_CHARACTERS_PER_TOKEN = 8
+# Tokens of all inputs of a request that looks at texts; as many as OpenAI takes.
+_MAX_INPUT_TOKENS = 300_000
+# Experts and weights in one answer, 20 MB of JSON.
+_MAX_ROUTED_PAIRS = 1_000_000
 
 
 class CompletionService:
@@ -36,23 +58,16 @@ class CompletionService:
     def __init__(self, model: InferenceModel, config: ServeConfig) -> None:
         check_faithful(model.config.model, config.allow_unfaithful_routing)
         self._name = model.name
+        self._model = model.model
         self._tokenizer = model.tokenizer
+        self._vocab_size = min(model.tokenizer.vocab_size, model.config.model.vocab_size)
+        self._chat_template = find_chat_template(model.sidecars, model.tokenizer)
         self._max_context = config.max_context or model.config.model.max_sequence_length
         self._max_unfinished = config.max_batch_size + config.max_queued_requests
+        self._compiling = ThreadPoolExecutor(1, "grammar")
         self.max_body_bytes = config.max_body_bytes
-        self.model_body = api.model_body(model.name, int(model.path.stat().st_mtime))
-        # As if all replicas were on one node. One that has a whole GPU shares its memory with nobody.
-        sharers = 1 if config.gpus_per_replica >= 1 else config.max_replicas
-        engine = Engine(
-            model.model,
-            model.tokenizer,
-            max_batch_size=config.max_batch_size,
-            max_context=self._max_context,
-            kv_cache_bytes=config.kv_cache_bytes,
-            free_share=FREE_SHARE / sharers,
-            tiering=_tiering(config),
-            identity=_identity(model.path),
-        )
+        self.model_body = model_body(model.name, int(model.path.stat().st_mtime))
+        engine = build_engine(model, config, self._max_context)
         self._engine = EngineThread(engine, self._max_unfinished)
 
     @property
@@ -63,6 +78,7 @@ class CompletionService:
     def close(self) -> None:
         """Stop the engine."""
         self._engine.stop()
+        self._compiling.shutdown(cancel_futures=True)
 
     def check_model(self, name: str) -> None:
         """Raise a RequestError (404) unless this model is served under the name."""
@@ -76,126 +92,182 @@ class CompletionService:
             )
 
     async def complete(self, body: Mapping[str, Any]) -> Response:
-        """Answer a decoded JSON body.
+        """Answer `POST /v1/completions`, given the decoded JSON body; all others alike.
 
         Raises:
             RequestError: it cannot be served (4xx), there is no room (503), or the engine failed (5xx).
         """
-        request = api.parse_completion_request(body)
+        request = parse_completion_request(body)
         self.check_model(request.model)
-        prompts = self._encode(api.parse_prompts(request.prompt), request.n)
-        completion = _Completion(request, self._tokenizer, sum(map(len, prompts)))
-        params = [request.sampling_params(choice) for choice in range(request.n)]
-        engine_requests = [Request(uuid.uuid4().hex, prompt, p) for prompt in prompts for p in params]
-        stream = self._engine.submit(engine_requests)
-        if request.stream:
-            return _EventStream(stream, completion)
-        async with stream:
-            return Response(await completion.collect(stream), media_type="application/json")
+        candidates = max(request.n, request.best_of or 0)
+        texts = parse_prompts(request.prompt)
+        self._check_count(len(texts), candidates)
+        prompts = [self._encode(text, "prompt") for text in texts]
+        # The best are chosen by their log-probabilities.
+        logprobs = 0 if request.logprobs is None and candidates > request.n else request.logprobs
+        params = [request.params(i, max(request.max_tokens, 1), logprobs) for i in range(candidates)]
+        engine_requests = _requests(request, prompts, params)
+        echoes = await self._echoes(request, prompts, candidates) if request.echo else ()
+        exchange = Exchange(
+            CompletionWire(self._tokenizer, request.logprobs is not None),
+            request.model,
+            sum(map(len, prompts)),
+            candidates,
+            request.n,
+            request.sends_usage,
+            echoes,
+        )
+        return await self._answer(request, exchange, engine_requests if request.max_tokens else [])
 
-    def _encode(self, prompts: list[str | tuple[int, ...]], num_choices: int) -> list[tuple[int, ...]]:
-        if len(prompts) * num_choices > self._max_unfinished:
-            raise RequestError(
-                f"the request asks for {len(prompts)} * {num_choices} texts.",
-                f"ask for at most {self._max_unfinished} at a time.",
-                param="prompt" if len(prompts) > 1 else "n",
-            )
-        return [
-            encode_prompt(self._tokenizer, prompt, self._max_context) if isinstance(prompt, str) else prompt
-            for prompt in prompts
-        ]
-
-
-def _tiering(config: ServeConfig) -> Tiering | None:
-    if not config.prefix_memory_bytes and config.prefix_folder is None:
-        return None
-    folder = None if config.prefix_folder is None else Path(config.prefix_folder).expanduser().resolve()
-    return Tiering(config.prefix_memory_bytes, folder, config.prefix_disk_bytes)
-
-
-def _identity(folder: Path) -> str:
-    """Changes whenever the files of a model do."""
-    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files])
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str, max_context: int) -> tuple[int, ...]:
-    """Token ids of a prompt. An empty text becomes the end-of-text token, which precedes every document.
-
-    Encoding occupies the process, so of a text that is far too long only the beginning is encoded.
-
-    Raises:
-        RequestError: the text is no Unicode, or surely longer than `max_context`.
-    """
-    try:
-        size = _CHARACTERS_PER_TOKEN * max_context
-        while size < len(text):
-            # Twice: where a text is cut, a few tokens may come out that the whole text does not have.
-            if len(tokenizer.encode(text[:size])) > 2 * max_context:
-                raise RequestError(
-                    f"the prompt has more than the {max_context} tokens of the context.",
-                    "shorten the prompt.",
-                    param="prompt",
-                    code="context_length_exceeded",
-                )
-            size *= 2
-        return tuple(tokenizer.encode(text)) or (tokenizer.eos_id,)
-    except DataError as error:
-        raise RequestError(error.problem, error.fix, param="prompt") from None
-
-
-@dataclass(frozen=True)
-class _Completion:
-    """What all events of one answer share."""
-
-    request: api.CompletionRequest
-    tokenizer: Tokenizer
-    prompt_tokens: int
-    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    async def collect(self, stream: Stream) -> bytes:
-        """The whole answer as JSON."""
-        chunks: dict[int, list[Chunk]] = {}
-        async for index, chunk in stream:
-            chunks.setdefault(index, []).append(chunk)
-        choices = [api.choice_body(index, chunks[index], self.tokenizer) for index in sorted(chunks)]
-        return self._to_json(choices, self._usage({index: c[-1].num_tokens for index, c in chunks.items()}))
-
-    async def events(self, stream: Stream) -> AsyncIterator[bytes]:
-        """The answer as server-sent events; a failure on the way is an event with the error body."""
-        num_tokens: dict[int, int] = {}
+    async def chat(self, body: Mapping[str, Any]) -> Response:
+        """Answer `POST /v1/chat/completions`."""
+        request = parse_chat_request(body)
+        self.check_model(request.model)
+        self._check_count(1, request.n)
+        prompt = self._render(request)
+        room = max(self._max_context - len(prompt), 1)
+        grammar = None if request.json_schema is None else await self._compile(request.json_schema)
+        max_tokens = request.token_limit or room
+        params = [request.params(i, max_tokens, request.num_logprobs, grammar) for i in range(request.n)]
+        exchange = Exchange(
+            ChatWire(self._tokenizer), request.model, len(prompt), request.n, request.n, request.sends_usage
+        )
         try:
-            async for index, chunk in stream:
-                num_tokens[index] = chunk.num_tokens
-                yield _event(self._to_json([api.choice_body(index, [chunk], self.tokenizer)]))
+            return await self._answer(request, exchange, _requests(request, [prompt], params))
         except RequestError as error:
-            yield _event(api.to_json(api.error_body(error)))
-            return
-        if self.request.stream_options is not None and self.request.stream_options.include_usage:
-            yield _event(self._to_json([], self._usage(num_tokens)))
-        yield _event(b"[DONE]")
+            # The engine knows no messages.
+            error.param = "messages" if error.param == "prompt" else error.param
+            raise
 
-    def _usage(self, num_tokens: dict[int, int]) -> dict[str, int]:
-        return api.usage_body(self.prompt_tokens, sum(num_tokens.values()))
+    async def embed(self, body: Mapping[str, Any]) -> Response:
+        """Answer `POST /v1/embeddings`: the mean of the final hidden states, scaled to length 1."""
+        request = parse(EmbeddingRequest, body)
+        inputs = self._inputs(request)
+        data = []
+        for index, token_ids in enumerate(inputs):
+            mean_D = await probe.mean_hidden(self._engine, self._model, token_ids)
+            if not mean_D.isfinite().all():
+                raise RequestError(
+                    "the model gave numbers that are not finite.",
+                    "serve another checkpoint, or serve.dtype=float32.",
+                    status=500,
+                )
+            unit_D = mean_D / mean_D.norm().clamp(min=1e-12)
+            data.append(embedding_body(index, unit_D.tolist(), request.encoding_format))
+        return _json(list_body(request.model, data, sum(map(len, inputs))))
 
-    def _to_json(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
-        body = api.completion_body(self.id, self.created, self.request.model, choices, usage)
-        return api.to_json(body)
+    async def route(self, body: Mapping[str, Any]) -> Response:
+        """Answer `POST /v1/routing`: which experts each token meets."""
+        request = parse(RoutingRequest, body)
+        inputs = self._inputs(request)
+        config = self._model.config
+        pairs = sum(map(len, inputs)) * len(config.moe_layers) * config.top_k
+        if pairs > _MAX_ROUTED_PAIRS:
+            raise RequestError(
+                f"the input has {pairs} pairs of a token and an expert in all layers.",
+                f"send texts with at most {_MAX_ROUTED_PAIRS} at a time.",
+                param="input",
+            )
+        data = []
+        for index, token_ids in enumerate(inputs):
+            layers = await probe.routing(self._engine, self._model, token_ids)
+            data.append(
+                text_routing(index, token_ids, zip(config.moe_layers, layers, strict=True), self._tokenizer)
+            )
+        sizes = {"num_experts": config.num_experts, "top_k": config.top_k}
+        return _json(list_body(request.model, data, sum(map(len, inputs))) | sizes)
+
+    async def _answer(self, request: SamplingFields, exchange: Exchange, requests: Sequence[Request]) -> Response:
+        stream = self._engine.submit(requests) if requests else None
+        if request.stream:
+            return exchange.stream(stream)
+        if stream is None:
+            return await exchange.collect(None)
+        async with stream:
+            return await exchange.collect(stream)
+
+    def _check_count(self, num_prompts: int, num_choices: int) -> None:
+        if num_prompts * num_choices > self._max_unfinished:
+            raise RequestError(
+                f"the request asks for {num_prompts} * {num_choices} texts.",
+                f"ask for at most {self._max_unfinished} at a time.",
+                param="prompt" if num_prompts > 1 else "n",
+            )
+
+    def _encode(self, prompt: Prompt, param: str) -> tuple[int, ...]:
+        is_text = isinstance(prompt, str)
+        return encode_prompt(self._tokenizer, prompt, self._max_context, param) if is_text else prompt
+
+    def _render(self, request: ChatRequest) -> tuple[int, ...]:
+        if self._chat_template is None:
+            raise RequestError(
+                f"the model {self._name!r} has no chat template.",
+                f"use /v1/completions, or put a {TEMPLATE_FILE} into the model's folder.",
+                param="messages",
+            )
+        messages = [message.for_template() for message in request.messages]
+        text = "".join(message["content"] for message in messages)
+        check_length(self._tokenizer, text, self._max_context, "messages")
+        try:
+            return tuple(self._chat_template.encode(messages, request.chat_template_kwargs))
+        except DataError as error:
+            raise RequestError(error.problem, error.fix, param="messages") from None
+
+    def _inputs(self, request: EmbeddingRequest | RoutingRequest) -> list[tuple[int, ...]]:
+        self.check_model(request.model)
+        texts = parse_prompts(request.input, "input")
+        if len(texts) > MAX_INPUTS:
+            raise RequestError(f"the input has {len(texts)} texts.", f"send at most {MAX_INPUTS}.", param="input")
+        inputs = []
+        total = 0
+        for text in texts:
+            inputs.append(self._encode(text, "input"))
+            self._check_input(inputs[-1], "input")
+            total += len(inputs[-1])
+            if total > _MAX_INPUT_TOKENS:
+                raise RequestError(
+                    "the input has too many tokens.", f"send at most {_MAX_INPUT_TOKENS} at a time.", param="input"
+                )
+        return inputs
+
+    def _check_input(self, token_ids: Sequence[int], param: str) -> None:
+        check_prompt(token_ids, self._vocab_size, param)
+        if len(token_ids) > self._max_context:
+            raise too_long(self._max_context, param)
+
+    async def _echoes(
+        self, request: CompletionRequest, prompts: Sequence[tuple[int, ...]], candidates: int
+    ) -> list[Chunk]:
+        """One for each request to the engine."""
+        echoes = []
+        for prompt in prompts:
+            self._check_input(prompt, "prompt")
+            found = None
+            if request.logprobs is not None:
+                found = await probe.prompt_logprobs(
+                    self._engine, self._model, prompt, self._vocab_size, request.logprobs
+                )
+            echoes += [echo_chunk(self._tokenizer, prompt, found, request.max_tokens == 0)] * candidates
+        return echoes
+
+    async def _compile(self, schema: Mapping[str, Any]) -> Grammar:
+        # Off the event loop, and one at a time: what compiles is one core's work at most.
+        return await asyncio.get_running_loop().run_in_executor(self._compiling, self._compile_now, schema)
+
+    def _compile_now(self, schema: Mapping[str, Any]) -> Grammar:
+        return self._grammars.compile_schema(schema)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        return GrammarCompiler(self._tokenizer.serialized, self._vocab_size, self._tokenizer.stop_ids)
 
 
-def _event(data: bytes) -> bytes:
-    return b"data: " + data + b"\n\n"
+def _requests(
+    request: SamplingFields, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams]
+) -> list[Request]:
+    deadline = None if request.timeout is None else time.monotonic() + request.timeout
+    return [Request(uuid.uuid4().hex, prompt, p, request.priority, deadline) for prompt in prompts for p in params]
 
 
-class _EventStream(StreamingResponse):
-    """Drops the requests of its stream however it ends, even if it never began."""
-
-    def __init__(self, stream: Stream, completion: _Completion) -> None:
-        super().__init__(completion.events(stream), media_type="text/event-stream")
-        self.headers["cache-control"] = "no-cache"
-        self._stream = stream
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._stream:
-            await super().__call__(scope, receive, send)
+def _json(body: Mapping[str, Any]) -> Response:
+    return Response(to_json(body), media_type="application/json")

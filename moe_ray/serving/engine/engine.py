@@ -201,7 +201,7 @@ class Engine:
             return chunks
         generations = [self._generations[spans[index].sequence.id] for index in ended]
         logits_BV = self._runner.logits(hidden_TD[_last_rows(spans, ended)])[:, : self._vocab_size]
-        choices = sample(logits_BV, [g.request.params for g in generations], [g.generator for g in generations])
+        choices = sample(logits_BV, [generation.row for generation in generations])
         self._generated_tokens += len(choices)
         for generation, choice in zip(generations, choices, strict=True):
             chunk = generation.append(choice)

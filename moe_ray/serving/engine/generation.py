@@ -2,7 +2,7 @@
 
 from moe_ray.serving.engine.detokenizer import Detokenizer, StopFilter
 from moe_ray.serving.engine.request import Chunk, FinishReason, Request, Tokenizer, TokenLogprob
-from moe_ray.serving.engine.sampler import Choice, make_generator
+from moe_ray.serving.engine.sampler import Choice, Row
 from moe_ray.serving.engine.scheduler import Sequence
 
 
@@ -11,16 +11,16 @@ class Generation:
 
     Attributes:
         sequence: its tokens, as the scheduler sees them.
-        generator: its source of random numbers.
+        row: what the choice of its next token depends on.
         finish_reason: set once nothing follows.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self.request = request
         self.sequence = Sequence(request.id, list(request.prompt_ids), request.priority)
-        self.generator = make_generator(request.params)
+        self.row = Row(request.params, request.prompt_ids)
         self.finish_reason: FinishReason | None = None
-        self._eos_id = tokenizer.eos_id
+        self._stop_ids = frozenset() if request.params.ignore_eos else tokenizer.stop_ids
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids)
         self._stop_filter = StopFilter(request.params.stop)
         self._num_tokens = 0
@@ -32,8 +32,10 @@ class Generation:
         """Take the next token; returns what became certain, or None if that is nothing."""
         if choice.token_id is None:
             return self.fail("error")
+        if not self.row.accept(choice.token_id):
+            return self.fail("grammar")
         self._num_tokens += 1
-        if choice.token_id == self._eos_id:
+        if choice.token_id in self._stop_ids:
             self.finish_reason = "stop"
             return self._release(self._stop_filter.push(self._detokenizer.flush()))
         self.sequence.tokens.append(choice.token_id)

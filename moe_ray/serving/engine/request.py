@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from moe_ray.errors import RequestError
+from moe_ray.serving.engine.grammar import Grammar
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1000
-MAX_LOGPROBS = 5
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
 
-FinishReason = Literal["stop", "length", "error", "deadline"]
+FinishReason = Literal["stop", "length", "error", "grammar", "deadline"]
 
 
 class Tokenizer(Protocol):
@@ -19,7 +21,12 @@ class Tokenizer(Protocol):
 
     @property
     def eos_id(self) -> int:
-        """The token that ends a text."""
+        """The token that precedes every document and ends it."""
+        ...
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end a text, `eos_id` among them."""
         ...
 
     @property
@@ -41,6 +48,14 @@ class SamplingParams:
         temperature: 0 takes the most likely token; else logits are divided by it.
         top_p: keep the fewest most likely tokens whose probabilities reach it.
         top_k: keep this many most likely tokens, before `top_p`; 0 keeps all.
+        min_p: keep tokens at least this fraction as likely as the most likely one, before `top_k`.
+        presence_penalty, frequency_penalty: taken from the logit of a token that was generated, once and for
+            each time.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that the prompt or the text
+            has (Keskar et al. 2019).
+        logit_bias: (token id, number that its logit gets more) pairs.
+        grammar: what the text must be.
+        ignore_eos: go on after an end-of-text token.
         seed: the same seed draws the same tokens whatever else is in the batch; None draws anew each time.
         stop: strings that end the text; they are not part of it.
         logprobs: report the log-probability of each token and of this many most likely ones.
@@ -53,17 +68,34 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    grammar: Grammar | None = None
+    ignore_eos: bool = False
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer of at least 1")
+        _require_between("temperature", self.temperature, 0, 2)
+        _require_between("min_p", self.min_p, 0, 1)
+        _require_between("presence_penalty", self.presence_penalty, -2, 2)
+        _require_between("frequency_penalty", self.frequency_penalty, -2, 2)
+        _require_between("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _require(
-            math.isfinite(self.temperature) and 0 <= self.temperature <= 2,
-            "temperature",
-            self.temperature,
-            "a number from 0 to 2",
+            len(self.logit_bias) <= MAX_BIASES,
+            "logit_bias",
+            f"{len(self.logit_bias)} tokens",
+            f"at most {MAX_BIASES}",
+        )
+        for _, bias in self.logit_bias:
+            _require_between("logit_bias", bias, -100, 100)
+        _require(
+            self.grammar is None or not self.ignore_eos, "ignore_eos", True, "false with a text of a given form"
         )
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0 and up to 1")
         _require(self.top_k >= 0, "top_k", self.top_k, "an integer of at least 0")
@@ -107,15 +139,9 @@ class Request:
         Raises:
             RequestError: the prompt is empty, holds an unknown token or leaves no room for `max_tokens`.
         """
-        if not self.prompt_ids:
-            raise RequestError("the prompt has no tokens.", "give at least one token.", param="prompt")
-        if min(self.prompt_ids) < 0 or max(self.prompt_ids) >= vocab_size:
-            bad = next(token for token in self.prompt_ids if not 0 <= token < vocab_size)
-            raise RequestError(
-                f"the prompt holds token {_short(bad)}.",
-                f"use token ids from 0 to {vocab_size - 1}.",
-                param="prompt",
-            )
+        check_prompt(self.prompt_ids, vocab_size)
+        for token, _ in self.params.logit_bias:
+            _require(0 <= token < vocab_size, "logit_bias", token, f"token ids from 0 to {vocab_size - 1}")
         total = len(self.prompt_ids) + self.params.max_tokens
         if total > max_context:
             raise RequestError(
@@ -127,18 +153,30 @@ class Request:
             )
 
 
+def check_prompt(token_ids: Sequence[int], vocab_size: int, param: str = "prompt") -> None:
+    """Raise a RequestError if there are no tokens, or some that the model does not know."""
+    if not token_ids:
+        raise RequestError(f"the {param} has no tokens.", "give at least one token.", param=param)
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        bad = next(token for token in token_ids if not 0 <= token < vocab_size)
+        raise RequestError(
+            f"the {param} holds token {_short(bad)}.", f"use token ids from 0 to {vocab_size - 1}.", param=param
+        )
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A generated token with natural-log probabilities of the raw logits, before temperature and filters.
+    """A token with natural-log probabilities of the raw logits, before temperature, penalties and filters.
 
     Attributes:
+        logprob: None for the first token of a prompt, which nothing precedes.
         text_offset: characters of the generated text before this token.
         top: the most likely (token id, logprob) pairs, best first.
     """
 
     token_id: int
     text_offset: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]
 
 
@@ -151,7 +189,7 @@ class Chunk:
         text: complete characters, which contain no part of a stop string.
         logprobs: the tokens of `text`, if the request asked for them.
         finish_reason: set in the last chunk only: an end-of-text token or stop string, `max_tokens` reached,
-            the model failed, or the deadline passed.
+            the model failed, the grammar became too complex to follow, or the deadline passed.
         num_tokens: tokens generated so far, an end-of-text token included.
     """
 
@@ -165,6 +203,11 @@ class Chunk:
 def _require(holds: bool, param: str, value: object, allowed: str) -> None:
     if not holds:
         raise RequestError(f"{param}={_short(value)} is not allowed.", f"use {allowed}.", param=param)
+
+
+def _require_between(param: str, value: float, least: float, most: float) -> None:
+    holds = math.isfinite(value) and least <= value <= most
+    _require(holds, param, value, f"a number from {least} to {most}")
 
 
 def _short(value: object) -> str:

@@ -1,6 +1,6 @@
 """Choose the next token of every row of a batch, each with its own parameters.
 
-A row's choice depends on its own logits and generator only, never on the other rows: the cumulative
+A row's choice depends on its own logits and state only, never on the other rows: the cumulative
 distribution over token ids is inverted at one uniform number a token.
 
 Shapes: B rows, V vocabulary, b a subset of the rows, N most likely tokens.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_ray.serving.engine.adjust import Adjustments, adjust
 from moe_ray.serving.engine.request import SamplingParams
 
 _FIRST_CANDIDATES = 256
@@ -33,27 +34,39 @@ class Choice:
     logprob: Logprob | None
 
 
-def make_generator(params: SamplingParams) -> torch.Generator:
-    """The source of a request's random numbers."""
-    generator = torch.Generator()
-    if params.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(params.seed)
-    return generator
+class Row:
+    """What the choices of one request depend on beside its logits.
+
+    Attributes:
+        generator: advances by one number a token if the temperature is above 0.
+        adjustments: what is done to its logits before a choice; None: nothing.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
+        self.params = params
+        self.generator = torch.Generator()
+        if params.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(params.seed)
+        self.adjustments = Adjustments.of(params, prompt_ids)
+
+    def accept(self, token_id: int) -> bool:
+        """Take note of the chosen token; returns False if the grammar cannot go on with it."""
+        return self.adjustments is None or self.adjustments.accept(token_id)
 
 
-def sample(
-    logits_BV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]
-) -> list[Choice]:
-    """One choice a row; `generators[i]` advances by one number if row i has a temperature above 0."""
+def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    """One choice a row."""
     logits_BV = logits_BV.float()
-    best_B, token_B = logits_BV.max(dim=-1)
-    rows = [row for row, param in enumerate(params) if param.temperature > 0]
-    if rows:
-        token_B[rows] = _draw(logits_BV[rows], [params[row] for row in rows], [generators[row] for row in rows])
     # NaN and infinity survive a maximum.
-    finite = best_B.isfinite().tolist()
+    finite = logits_BV.amax(dim=-1).isfinite().tolist()
+    params = [row.params for row in rows]
+    adjusted_BV = adjust(logits_BV, [row.adjustments for row in rows])
+    token_B = adjusted_BV.argmax(dim=-1)
+    drawn = [index for index, param in enumerate(params) if param.temperature > 0]
+    if drawn:
+        token_B[drawn] = _draw(adjusted_BV[drawn], [rows[index] for index in drawn])
     logprobs = _logprobs(logits_BV, token_B, params)
     return [
         Choice(token if good else None, logprob)
@@ -61,12 +74,15 @@ def sample(
     ]
 
 
-def _draw(logits_bV: Tensor, params: Sequence[SamplingParams], generators: Sequence[torch.Generator]) -> Tensor:
-    device = logits_bV.device
+def _draw(logits_bV: Tensor, rows: Sequence[Row]) -> Tensor:
+    device, params = logits_bV.device, [row.params for row in rows]
     # Bounded below and with the maximum subtracted first, tiny temperatures do not overflow.
     temperatures = [[max(param.temperature, 1e-6)] for param in params]
     shifted_bV = logits_bV - logits_bV.amax(dim=-1, keepdim=True)
     probs_bV = (shifted_bV / torch.tensor(temperatures, device=device)).softmax(dim=-1)
+    if any(param.min_p > 0 for param in params):
+        min_p_b1 = torch.tensor([[param.min_p] for param in params], device=device)
+        probs_bV *= probs_bV >= min_p_b1 * probs_bV.amax(dim=-1, keepdim=True)
     filtered = [row for row, param in enumerate(params) if param.top_k > 0 or param.top_p < 1]
     if filtered:
         some_bV = probs_bV[filtered]
@@ -74,7 +90,7 @@ def _draw(logits_bV: Tensor, params: Sequence[SamplingParams], generators: Seque
         probs_bV[filtered] = some_bV * (some_bV >= smallest_b1)
     cdf_bV = probs_bV.cumsum(dim=-1, dtype=torch.float64)
     total_b1 = cdf_bV[:, -1:]
-    uniform = [torch.rand(1, 1, generator=generator, dtype=torch.float64) for generator in generators]
+    uniform = [torch.rand(1, 1, generator=row.generator, dtype=torch.float64) for row in rows]
     # The uniform number is below 1, but its product with the total may round up to it, past every token.
     below_total_b1 = total_b1.nextafter(torch.zeros_like(total_b1))
     target_b1 = torch.minimum(torch.cat(uniform).to(device) * total_b1, below_total_b1)
@@ -104,15 +120,23 @@ def _smallest_kept(probs_bV: Tensor, params: Sequence[SamplingParams]) -> Tensor
 
 
 def _logprobs(logits_BV: Tensor, token_B: Tensor, params: Sequence[SamplingParams]) -> list[Logprob | None]:
-    rows = [row for row, param in enumerate(params) if param.logprobs is not None]
+    counts = {row: param.logprobs for row, param in enumerate(params) if param.logprobs is not None}
     result: list[Logprob | None] = [None] * len(params)
-    if not rows:
-        return result
-    logprob_bV = logits_BV[rows].log_softmax(dim=-1)
-    chosen_b = logprob_bV.gather(1, token_B[rows][:, None]).squeeze(1).tolist()
-    most = min(max(params[row].logprobs or 0 for row in rows), logprob_bV.shape[-1])
-    top_bN, ids_bN = (top.tolist() for top in logprob_bV.topk(most, dim=-1))
-    for row, chosen, values, ids in zip(rows, chosen_b, top_bN, ids_bN, strict=True):
-        count = params[row].logprobs or 0
-        result[row] = Logprob(chosen, tuple(zip(ids[:count], values[:count], strict=True)))
+    if counts:
+        rows = list(counts)
+        found = top_logprobs(logits_BV[rows], token_B[rows], list(counts.values()))
+        for row, logprob in zip(rows, found, strict=True):
+            result[row] = logprob
     return result
+
+
+def top_logprobs(logits_BV: Tensor, token_B: Tensor, counts: Sequence[int]) -> list[Logprob]:
+    """The log-probability of a token of each row and of as many most likely ones as `counts` says."""
+    logprob_BV = logits_BV.log_softmax(dim=-1)
+    chosen_B = logprob_BV.gather(1, token_B[:, None]).squeeze(1).tolist()
+    most = min(max(counts, default=0), logprob_BV.shape[-1])
+    top_BN, ids_BN = (top.tolist() for top in logprob_BV.topk(most, dim=-1))
+    return [
+        Logprob(chosen, tuple(zip(ids[:count], values[:count], strict=True)))
+        for chosen, values, ids, count in zip(chosen_B, top_BN, ids_BN, counts, strict=True)
+    ]

@@ -1,13 +1,14 @@
 """Run an engine in a thread of its own and hand its chunks to asyncio."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from moe_ray.errors import RequestError
 from moe_ray.serving.engine.engine import Engine
@@ -15,6 +16,31 @@ from moe_ray.serving.engine.request import Chunk, FinishReason, Request
 from moe_ray.serving.engine.stats import EngineStats
 
 _logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A function to run between two steps, and where its result goes."""
+
+    function: Callable[[], Any]
+    future: asyncio.Future[Any]
+
+    def run(self) -> None:
+        if self.future.cancelled():
+            return
+        try:
+            self._settle(self.future.set_result, self.function())
+        except Exception as error:
+            self._settle(self.future.set_exception, error)
+
+    def fail(self, error: Exception) -> None:
+        self._settle(self.future.set_exception, error)
+
+    def _settle(self, settle: Callable[[Any], None], value: Any) -> None:
+        # The event loop may be closed, and the future cancelled in the meantime: nobody reads any more.
+        with contextlib.suppress(RuntimeError):
+            self.future.get_loop().call_soon_threadsafe(lambda: self.future.done() or settle(value))
 
 
 class EngineThread:
@@ -29,6 +55,7 @@ class EngineThread:
         # Guards all below; held for microseconds, never while the model runs.
         self._changed = threading.Condition()
         self._commands: deque[Request | str] = deque()
+        self._calls: deque[_Call] = deque()
         self._streams: dict[str, Stream] = {}
         self._accepting = True
         self._stats = engine.stats()
@@ -65,6 +92,24 @@ class EngineThread:
             self._commands.extend(request_ids)
             self._changed.notify()
 
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run a function on the engine's thread, at most one between two steps; the model runs nothing meanwhile.
+
+        Keep it short, for it holds up all texts. What it raises is raised here and does not end the engine.
+
+        Raises:
+            RequestError: the engine has stopped, or too many calls wait already (503).
+        """
+        call = _Call(function, asyncio.get_running_loop().create_future())
+        with self._changed:
+            if not self._accepting:
+                raise _unavailable("the engine has stopped.")
+            if len(self._calls) >= self._max_unfinished:
+                raise _unavailable(f"{len(self._calls)} requests are waiting already.")
+            self._calls.append(call)
+            self._changed.notify()
+        return await call.future
+
     def stats(self) -> EngineStats:
         """What the engine had done and held before its current step, and requests that it has not yet seen."""
         with self._changed:
@@ -96,14 +141,21 @@ class EngineThread:
                 self._accepting = False
                 streams = set(self._streams.values())
                 self._streams.clear()
+                calls = list(self._calls)
+                self._calls.clear()
+            for call in calls:
+                call.fail(_unavailable("the engine has stopped."))
             for stream in streams:
                 stream.put_threadsafe([_unavailable("the engine has stopped.")])
 
     def _carry_out_commands(self) -> bool:
         """Wait for work; returns False to stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._commands or self._engine.has_work or not self._accepting)
+            self._changed.wait_for(
+                lambda: self._commands or self._calls or self._engine.has_work or not self._accepting
+            )
             commands = list(self._commands)
+            call = self._calls.popleft() if self._calls and self._accepting else None
             self._commands.clear()
             for command in commands:
                 if isinstance(command, str):
@@ -115,6 +167,8 @@ class EngineThread:
                 self._engine.submit(command)
         if commands:
             self._stats = self._engine.stats()
+        if call is not None:
+            call.run()
         return self._accepting
 
     def _deliver(self, chunks: Sequence[Chunk]) -> None:
@@ -195,4 +249,7 @@ def _failure(reason: FinishReason | None) -> RequestError | None:
     if reason == "deadline":
         problem, fix = "the deadline of the request passed.", "allow more time, or try again under less load."
         return RequestError(problem, fix, status=504, code="deadline_exceeded")
+    if reason == "grammar":
+        problem = "the JSON schema became too complex to follow."
+        return RequestError(problem, "simplify it.", param="response_format")
     return None

@@ -15,7 +15,7 @@ import yaml
 
 from moe_ray.config import Config, build_config
 from moe_ray.errors import ConfigError, StorageError, TrainingError
-from moe_ray.storage import open_storage
+from moe_ray.storage import Storage, open_storage
 from moe_ray.telemetry.run_log import read_events, read_metrics
 from moe_ray.training.chaos.cluster import own_address
 from moe_ray.training.chaos.faults import NotPossibleError, Options, Stage, strike
@@ -26,6 +26,7 @@ from moe_ray.training.chaos.schedule import Planned, settle_steps
 from moe_ray.training.chaos.trace import Strike, Trace
 
 _POLL_SECONDS = 0.2
+_TELL_SECONDS = 10.0
 _PATIENCE_SECONDS = 300.0
 Say = Callable[[str], None]
 
@@ -70,7 +71,7 @@ def run_chaos(
         )
     _check_reference(reference)
     logs = Path(tempfile.mkdtemp(prefix="moe_ray-chaos-"))
-    say(f"output of the runs: {logs}")
+    say(f"the runs are {reference.train.run_uri} and {run.uri}, their output is in {logs}")
     with ExitStack() as cleanup:
         job = _start(reference, arguments, logs / "reference.log", cleanup)
         _await_end(job, reference, say)
@@ -114,10 +115,25 @@ def _start(config: Config, arguments: Sequence[str], log_file: Path, cleanup: Ex
 
 def _await_end(job: TrainJob, config: Config, say: Say) -> None:
     say(f"training {config.train.name} to step {config.train.steps}")
+    tell = _progress(config, say)
     while (code := job.exit_code()) is None:
+        tell()
         time.sleep(_POLL_SECONDS)
     if code != 0:
         raise _failure(job, config)
+
+
+def _progress(config: Config, say: Say) -> Callable[[], None]:
+    """A function that, called often, now and then tells the newest step."""
+    run, told = open_storage(config.train.run_uri), time.monotonic()
+
+    def tell() -> None:
+        nonlocal told
+        if time.monotonic() - told > _TELL_SECONDS:
+            told = time.monotonic()
+            say(f"step {_newest_step(run)} of {config.train.steps}")
+
+    return tell
 
 
 def _failure(job: TrainJob, config: Config) -> TrainingError:
@@ -129,9 +145,9 @@ def _failure(job: TrainJob, config: Config) -> TrainingError:
 
 def _strike_and_follow(planned: Planned, stage: Stage, say: Say) -> Row:
     """Wait for the step, strike, and wait until training has gone on for a while."""
-    if not _wait(stage, lambda: _newest_step(stage) >= planned.step):
+    if not _wait(stage, lambda: _newest_step(stage.run) >= planned.step, say):
         return Row(planned.fault, planned.step, note="the run had ended", was_run=False)
-    say(f"step {_newest_step(stage)}: {planned.fault}")
+    say(f"step {_newest_step(stage.run)}: {planned.fault}")
     try:
         hit = strike(planned.fault, stage)
     except NotPossibleError as error:
@@ -148,7 +164,7 @@ def _strike_and_follow(planned: Planned, stage: Stage, say: Say) -> Row:
         trace.look(read_metrics(stage.run), read_events(stage.run))
         return trace.has_settled(settle)
 
-    _wait(stage, has_settled)
+    _wait(stage, has_settled, say)
     has_settled()
     row = _row(trace)
     detected, recovered = _seconds(row.detection_seconds), _seconds(row.recovery_seconds)
@@ -156,7 +172,7 @@ def _strike_and_follow(planned: Planned, stage: Stage, say: Say) -> Row:
     return row
 
 
-def _wait(stage: Stage, condition: Callable[[], bool]) -> bool:
+def _wait(stage: Stage, condition: Callable[[], bool], say: Say) -> bool:
     """Whether the condition came true before the run ended.
 
     Raises:
@@ -164,12 +180,14 @@ def _wait(stage: Stage, condition: Callable[[], bool]) -> bool:
     """
     patience = _PATIENCE_SECONDS + stage.config.parallel.timeout_seconds
     step, since = -1, time.monotonic()
+    tell = _progress(stage.config, say)
     while not condition():
+        tell()
         if (code := stage.job.exit_code()) is not None:
             if code != 0:
                 raise _failure(stage.job, stage.config)
             return condition()
-        now_at = _newest_step(stage)
+        now_at = _newest_step(stage.run)
         if now_at != step:
             step, since = now_at, time.monotonic()
         if time.monotonic() - since > patience:
@@ -178,8 +196,8 @@ def _wait(stage: Stage, condition: Callable[[], bool]) -> bool:
     return True
 
 
-def _newest_step(stage: Stage) -> int:
-    return max((line["step"] for line in read_metrics(stage.run)), default=0)
+def _newest_step(run: Storage) -> int:
+    return max((line["step"] for line in read_metrics(run)), default=0)
 
 
 def _row(trace: Trace) -> Row:

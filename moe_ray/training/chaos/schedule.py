@@ -71,7 +71,7 @@ def plan_faults(faults: Sequence[Fault], count: int, seed: int, config: Config) 
     slot = (config.train.steps - 2 * settle) // count
     if slot < 2 * settle:
         raise ConfigError(
-            f"train.steps={config.train.steps} is too short for {count} faults: each needs {2 * settle} steps.",
+            f"train.steps={config.train.steps} is too short for {count} faults of {2 * settle} steps each.",
             f"use at least train.steps={2 * settle * (count + 1)}, or a smaller checkpoint.every.",
         )
     order: list[Fault] = []

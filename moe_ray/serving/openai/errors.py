@@ -1,0 +1,45 @@
+"""The error body, and which statuses each route may answer."""
+
+from typing import Any, Literal
+
+from moe_ray.errors import RequestError
+from moe_ray.serving.openai.base import Answer
+
+# Every status that is no success, by what it means.
+STATUSES = {
+    400: "The request is malformed, or a field is unknown, unsupported or out of range.",
+    404: "There is no such model or route.",
+    405: "The route has another method.",
+    413: "The body is too large.",
+    415: "The body is not declared as JSON.",
+    500: "The server failed; the log names the request id.",
+    503: "There is no room, or the engine has stopped; Retry-After says when to come back.",
+}
+# Those of every route with a body that the engine works on.
+ENGINE = (400, 404, 413, 415, 500, 503)
+
+
+class ErrorDetails(Answer):
+    """What was wrong and what to do about it."""
+
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Answer):
+    """The body of every answer that is no success."""
+
+    error: ErrorDetails
+
+
+def error_body(error: RequestError) -> dict[str, Any]:
+    """An `ErrorBody`."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's `responses` of a route that may answer these statuses."""
+    return {status: {"model": ErrorBody, "description": STATUSES[status]} for status in statuses}

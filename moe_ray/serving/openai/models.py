@@ -1,0 +1,32 @@
+"""`GET /v1/models`."""
+
+from typing import Any, Literal
+
+from moe_ray.serving.openai.base import Answer
+
+
+class Model(Answer):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(Answer):
+    """All models that are served: one."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Status(Answer):
+    """Answer of the health checks."""
+
+    status: Literal["ok"]
+
+
+def model_body(name: str, created: int) -> dict[str, Any]:
+    """A `Model`."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "moe_ray"}
