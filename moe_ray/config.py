@@ -233,6 +233,14 @@ class ServeConfig(Section):
     prefix_disk_bytes: NonNegativeInt = Field(2**30, description="most bytes in prefix_folder")
     max_body_bytes: PositiveInt = Field(4_000_000, description="largest request body")
     dtype: Dtype = Field("float32", description="type of the weights and the KV cache")
+    quantize: Literal["none", "int8", "int4"] = Field(
+        "none", description="experts with weights of 8 or 4 bits; all else keeps dtype"
+    )
+    runner: Literal["auto", "native", "torch"] = Field(
+        "auto",
+        description="what computes tokens: native is C++ for CPUs, compiled at the first start; "
+        "auto takes it where there is a compiler and it knows the architecture",
+    )
     allow_unfaithful_routing: bool = Field(
         False, description="generate with a router that routes otherwise token by token than it did in training"
     )
