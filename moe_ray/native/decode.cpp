@@ -14,9 +14,14 @@
 #include <utility>
 #include <vector>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int W = 16;
+constexpr int AHEAD = 2;  // tiles of rows that are prefetched
 using vec = float __attribute__((vector_size(4 * W)));
 using i32 = int32_t __attribute__((vector_size(4 * W)));
 using u32 = uint32_t __attribute__((vector_size(4 * W)));
@@ -120,20 +125,33 @@ struct Pass {
 
 namespace {
 
-// What a type of weight gives: 16 neighbouring columns of a row, one column, and a factor of the whole row.
-struct Float32 {
+inline float wide(float value) { return value; }
+inline float wide(uint16_t bits) { return from_bf16(bits); }
+
+// What a type of weight gives: STEP neighbouring columns of a row, one column, a factor of the whole row, and how
+// they are multiplied with inputs.
+struct TimesFloat32 {
+    using Input = float;
+    using Values = vec;
+    static constexpr int64_t STEP = W;
+    static vec add(vec sums, vec weights, vec values) { return sums + weights * values; }
+};
+
+struct Float32 : TimesFloat32 {
     const float* data;
     int64_t columns;
     explicit Float32(const Matrix& m) : data((const float*)m.data), columns(m.columns) {}
+    const void* address(int64_t row, int64_t column) const { return data + row * columns + column; }
     vec at(int64_t row, int64_t column) const { return load<vec>(data + row * columns + column); }
     float one(int64_t row, int64_t column) const { return data[row * columns + column]; }
     float factor(int64_t) const { return 1; }
 };
 
-struct Bfloat16 {
+struct Bfloat16 : TimesFloat32 {
     const uint16_t* data;
     int64_t columns;
     explicit Bfloat16(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
+    const void* address(int64_t row, int64_t column) const { return data + row * columns + column; }
     vec at(int64_t row, int64_t column) const {
         return (vec)(__builtin_convertvector(load<u16>(data + row * columns + column), u32) << 16);
     }
@@ -141,11 +159,12 @@ struct Bfloat16 {
     float factor(int64_t) const { return 1; }
 };
 
-struct Int8 {
+struct Int8 : TimesFloat32 {
     const int8_t* data;
     const float* scales;
     int64_t columns;
     explicit Int8(const Matrix& m) : data((const int8_t*)m.data), scales((const float*)m.scales), columns(m.columns) {}
+    const void* address(int64_t row, int64_t column) const { return data + row * columns + column; }
     vec at(int64_t row, int64_t column) const {
         return __builtin_convertvector(__builtin_convertvector(load<i8>(data + row * columns + column), i32), vec);
     }
@@ -153,11 +172,12 @@ struct Int8 {
     float factor(int64_t row) const { return scales[row]; }
 };
 
-struct Int4 {
+struct Int4 : TimesFloat32 {
     const uint8_t* data;
     const uint16_t* scales;
     int64_t columns;
     explicit Int4(const Matrix& m) : data((const uint8_t*)m.data), scales((const uint16_t*)m.scales), columns(m.columns) {}
+    const void* address(int64_t row, int64_t column) const { return data + (row * columns + column) / 2; }
     vec at(int64_t row, int64_t column) const {
         int64_t block = (row * columns + column) / 32;
         u8 bytes = load<u8>(data + block * 16);
@@ -169,7 +189,71 @@ struct Int4 {
     float factor(int64_t) const { return 1; }
 };
 
-template <class F> inline void with_type(const Matrix& m, F function) {
+#ifdef __AVX512BF16__
+// Processors that multiply pairs of bfloat16: inputs are rounded to it, as torch has them, sums are float32.
+struct TimesBfloat16 {
+    using Input = uint16_t;
+    using Values = __m512bh;
+    static constexpr int64_t STEP = 2 * W;
+    static vec add(vec sums, __m512bh weights, __m512bh values) {
+        return (vec)_mm512_dpbf16_ps((__m512)sums, weights, values);
+    }
+};
+
+struct Bfloat16Pairs : TimesBfloat16 {
+    const uint16_t* data;
+    int64_t columns;
+    explicit Bfloat16Pairs(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
+    const void* address(int64_t row, int64_t column) const { return data + row * columns + column; }
+    __m512bh at(int64_t row, int64_t column) const { return load<__m512bh>(data + row * columns + column); }
+    float one(int64_t row, int64_t column) const { return from_bf16(data[row * columns + column]); }
+    float factor(int64_t) const { return 1; }
+};
+
+struct Int8Pairs : TimesBfloat16 {
+    const int8_t* data;
+    const float* scales;
+    int64_t columns;
+    explicit Int8Pairs(const Matrix& m) : data((const int8_t*)m.data), scales((const float*)m.scales), columns(m.columns) {}
+    const void* address(int64_t row, int64_t column) const { return data + row * columns + column; }
+    // The codes are exact in bfloat16.
+    __m512bh at(int64_t row, int64_t column) const {
+        const int8_t* from = data + row * columns + column;
+        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from)));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(from + W)));
+        return _mm512_cvtne2ps_pbh(high, low);
+    }
+    float one(int64_t row, int64_t column) const { return data[row * columns + column]; }
+    float factor(int64_t row) const { return scales[row]; }
+};
+
+struct Int4Pairs : TimesBfloat16 {
+    const uint8_t* data;
+    const uint16_t* scales;
+    int64_t columns;
+    explicit Int4Pairs(const Matrix& m)
+        : data((const uint8_t*)m.data), scales((const uint16_t*)m.scales), columns(m.columns) {}
+    const void* address(int64_t row, int64_t column) const { return data + (row * columns + column) / 2; }
+    // A group has 16 values: they are looked up by code.
+    __m512bh at(int64_t row, int64_t column) const {
+        constexpr vec numbers = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        int64_t block = (row * columns + column) / 32;
+        vec values = numbers * from_bf16(scales[2 * block]) + from_bf16(scales[2 * block + 1]);
+        __m512i table = _mm512_castsi256_si512((__m256i)_mm512_cvtneps_pbh((__m512)values));
+        __m128i bytes = load<__m128i>(data + block * 16), half = _mm_set1_epi8(15);
+        __m256i codes = _mm256_set_m128i(_mm_and_si128(_mm_srli_epi16(bytes, 4), half), _mm_and_si128(bytes, half));
+        return (__m512bh)_mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), table);
+    }
+    float one(int64_t, int64_t) const { return 0; }  // columns are a multiple of 32
+    float factor(int64_t) const { return 1; }
+};
+#else
+using Bfloat16Pairs = Bfloat16;
+using Int8Pairs = Int8;
+using Int4Pairs = Int4;
+#endif
+
+template <class F> inline void with_exact(const Matrix& m, F function) {
     switch (m.type) {
         case FLOAT32: return function(Float32(m));
         case BFLOAT16: return function(Bfloat16(m));
@@ -178,29 +262,43 @@ template <class F> inline void with_type(const Matrix& m, F function) {
     }
 }
 
+// Inputs may be rounded to bfloat16, unless the weight is float32.
+template <class F> inline void with_rounding(const Matrix& m, F function) {
+    switch (m.type) {
+        case FLOAT32: return function(Float32(m));
+        case BFLOAT16: return function(Bfloat16Pairs(m));
+        case INT8: return function(Int8Pairs(m));
+        default: return function(Int4Pairs(m));
+    }
+}
+
 // R rows of a weight times n tokens; each weight is read once and used n times.
 template <int R, int n, class M, class Emit>
-inline void dot_tile(const M& w, int64_t row, const float* const* x, int64_t t, const Emit& emit) {
+inline void dot_tile(const M& w, int64_t row, const typename M::Input* const* x, int64_t t, const Emit& emit) {
     vec sums[n][R] = {};
     int64_t column = 0;
-    for (; column + W <= w.columns; column += W) {
-        vec weights[R];
-        for (int r = 0; r < R; ++r) weights[r] = w.at(row + r, column);
+    for (; column + M::STEP <= w.columns; column += M::STEP) {
+        typename M::Values weights[R];
+        for (int r = 0; r < R; ++r) {
+            weights[r] = w.at(row + r, column);
+            // Rows are short: without this the hardware begins each anew.
+            if (t == 0) __builtin_prefetch(w.address(row + AHEAD * R + r, column));
+        }
         for (int i = 0; i < n; ++i) {
-            vec values = load<vec>(x[t + i] + column);
-            for (int r = 0; r < R; ++r) sums[i][r] += weights[r] * values;
+            auto values = load<typename M::Values>(x[t + i] + column);
+            for (int r = 0; r < R; ++r) sums[i][r] = M::add(sums[i][r], weights[r], values);
         }
     }
     for (int i = 0; i < n; ++i)
         for (int r = 0; r < R; ++r) {
             float total = sum(sums[i][r]);
-            for (int64_t c = column; c < w.columns; ++c) total += w.one(row + r, c) * x[t + i][c];
+            for (int64_t c = column; c < w.columns; ++c) total += w.one(row + r, c) * wide(x[t + i][c]);
             emit(t + i, row + r, total * w.factor(row + r));
         }
 }
 
 template <int R, class M, class Emit>
-inline void dot_rows(const M& w, int64_t row, const float* const* x, int64_t T, const Emit& emit) {
+inline void dot_rows(const M& w, int64_t row, const typename M::Input* const* x, int64_t T, const Emit& emit) {
     int64_t t = 0;
     for (; t + 4 <= T; t += 4) dot_tile<R, 4>(w, row, x, t, emit);
     for (; t < T; ++t) dot_tile<R, 1>(w, row, x, t, emit);
@@ -208,27 +306,40 @@ inline void dot_rows(const M& w, int64_t row, const float* const* x, int64_t T, 
 
 // emit(token, row, row of w . x[token]) for the rows [first, last) and all T tokens.
 template <class M, class Emit>
-void dots(const M& w, int64_t first, int64_t last, const float* const* x, int64_t T, const Emit& emit) {
+void dots(const M& w, int64_t first, int64_t last, const typename M::Input* const* x, int64_t T, const Emit& emit) {
     int64_t row = first;
     for (; row + 4 <= last; row += 4) dot_rows<4>(w, row, x, T, emit);
     for (; row < last; ++row) dot_rows<1>(w, row, x, T, emit);
 }
 
-constexpr int64_t CHUNK = 32;  // rows that a thread takes at a time
+// Rows of numbers as a type of weight wants them: float32 where they lie, bfloat16 as a copy.
+template <class Input> struct Rows;
 
-std::vector<const float*> rows_of(const float* x, int64_t T, int64_t width) {
-    std::vector<const float*> rows(T);
-    for (int64_t t = 0; t < T; ++t) rows[t] = x + t * width;
-    return rows;
-}
+template <> struct Rows<float> {
+    std::vector<const float*> at;
+    Rows(const float* x, int64_t T, int64_t width) : at(T) {
+        for (int64_t t = 0; t < T; ++t) at[t] = x + t * width;
+    }
+};
+
+template <> struct Rows<uint16_t> {
+    std::vector<uint16_t> rounded;
+    std::vector<const uint16_t*> at;
+    Rows(const float* x, int64_t T, int64_t width) : rounded(T * width), at(T) {
+        for (int64_t i = 0; i < T * width; ++i) rounded[i] = to_bf16(x[i]);
+        for (int64_t t = 0; t < T; ++t) at[t] = rounded.data() + t * width;
+    }
+};
+
+constexpr int64_t CHUNK = 32;  // rows that a thread takes at a time
 
 // y = x w^T + bias, or y += that.
 void linear(const Matrix& m, const float* x_TD, int64_t T, const float* bias_N, float* y_TN, bool add, int threads) {
-    auto x = rows_of(x_TD, T, m.columns);
-    with_type(m, [&](auto w) {
+    with_rounding(m, [&](auto w) {
+        Rows<typename decltype(w)::Input> x(x_TD, T, m.columns);
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t first = 0; first < m.rows; first += CHUNK)
-            dots(w, first, std::min(m.rows, first + CHUNK), x.data(), T, [&](int64_t t, int64_t n, float value) {
+            dots(w, first, std::min(m.rows, first + CHUNK), x.at.data(), T, [&](int64_t t, int64_t n, float value) {
                 float& y = y_TN[t * m.rows + n];
                 y = value + (bias_N ? bias_N[n] : 0) + (add ? y : 0);
             });
@@ -312,7 +423,7 @@ void attend(const Model& m, const Layer& layer, const M& keys, const M& values, 
     int64_t padded = (length + W - 1) / W * W;
     thread_local std::vector<float> scores;
     scores.assign(g * padded, -INFINITY);
-    auto q = rows_of(q_gC, g, C);
+    Rows<float> q(q_gC, g, C);
     auto each_block = [&](auto function) {
         for (int64_t at = first; at < end;) {
             int64_t stop = std::min(end, (at / P + 1) * P);
@@ -321,7 +432,7 @@ void attend(const Model& m, const Layer& layer, const M& keys, const M& values, 
         }
     };
     each_block([&](int64_t at, int64_t row, int64_t count) {
-        dots(keys, row, row + count, q.data(), g, [&](int64_t i, int64_t n, float value) {
+        dots(keys, row, row + count, q.at.data(), g, [&](int64_t i, int64_t n, float value) {
             scores[i * padded + at + n - row] = value * m.softmax_scale;
         });
     });
@@ -385,7 +496,7 @@ void attention(const Model& m, const Layer& layer, const Pass& pass, const float
     for (int64_t s = 0; s < pass.num_spans; ++s) tables.insert(tables.end(), pass.counts[s], pass.tables + s * pass.table_width);
     Matrix keys{layer.keys, nullptr, 0, C, m.cache_type}, values{layer.values, nullptr, 0, C, m.cache_type};
     int64_t g = m.heads / m.kv_heads;
-    with_type(keys, [&](auto k_cache) {
+    with_exact(keys, [&](auto k_cache) {
         decltype(k_cache) v_cache(values);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
         for (int64_t item = 0; item < T * m.kv_heads; ++item) {
@@ -461,26 +572,29 @@ struct Groups {
 };
 
 // x += weighted outputs of each token's experts for the normalised rows h. Only chosen experts are read.
-void experts(const Model& m, const Layer& layer, const float* h_TD, const std::vector<int32_t>& ids_TK,
+void experts(const Model& m, const Layer& layer, const float* h_TD, int64_t T, const std::vector<int32_t>& ids_TK,
              const std::vector<float>& weights_TK, float* x_TD, int threads) {
     int64_t E = m.num_experts, K = m.top_k, D = m.dim, F = m.expert_dim, G = is_gated(m) ? 2 * F : F;
     Groups groups(ids_TK, E);
     int64_t N = groups.pairs.size();
     std::vector<float> hidden_NG(N * G), active_NF(N * F);
-    std::vector<const float*> x(N), active = rows_of(active_NF.data(), N, F);
-    for (int64_t i = 0; i < N; ++i) x[i] = h_TD + groups.pairs[i] / K * D;
-    // Work in pieces of rows of those experts that were chosen.
-    auto pieces = [&](int64_t rows) {
-        std::vector<std::pair<int64_t, int64_t>> found;
-        for (int64_t e = 0; e < E; ++e)
-            for (int64_t first = 0; first < rows && groups.ends[e] < groups.ends[e + 1]; first += CHUNK) found.emplace_back(e, first);
-        return found;
+    auto with_expert = [&](const Matrix& weight, auto function) {
+        if (m.cache_type == BFLOAT16) with_rounding(weight, function);
+        else with_exact(weight, function);
     };
-    auto in = pieces(G);
-    with_type(layer.w_in, [&](auto w) {
+    // Work in pieces of rows of those experts that were chosen.
+    std::vector<std::pair<int64_t, int64_t>> pieces;
+    for (int64_t e = 0; e < E; ++e)
+        for (int64_t first = 0; first < G && groups.ends[e] < groups.ends[e + 1]; first += CHUNK)
+            pieces.emplace_back(e, first);
+    with_expert(layer.w_in, [&](auto w) {
+        using Input = typename decltype(w)::Input;
+        Rows<Input> h(h_TD, T, D);
+        std::vector<const Input*> x(N);
+        for (int64_t i = 0; i < N; ++i) x[i] = h.at[groups.pairs[i] / K];
 #pragma omp parallel for num_threads(threads) schedule(static)
-        for (size_t piece = 0; piece < in.size(); ++piece) {
-            auto [e, first] = in[piece];
+        for (size_t piece = 0; piece < pieces.size(); ++piece) {
+            auto [e, first] = pieces[piece];
             int64_t begin = groups.ends[e], base = e * G;
             dots(w, base + first, base + std::min(G, first + CHUNK), &x[begin], groups.ends[e + 1] - begin,
                  [&](int64_t i, int64_t n, float value) {
@@ -488,14 +602,16 @@ void experts(const Model& m, const Layer& layer, const float* h_TD, const std::v
                  });
         }
     });
+#pragma omp parallel for num_threads(threads) schedule(static) if (N > 8)
     for (int64_t i = 0; i < N; ++i) activate(m, &hidden_NG[i * G], F, &active_NF[i * F]);
-    with_type(layer.w_out, [&](auto w) {
+    with_expert(layer.w_out, [&](auto w) {
+        Rows<typename decltype(w)::Input> active(active_NF.data(), N, F);
         // A thread owns columns of the result: several experts add to the same token.
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t first = 0; first < D; first += CHUNK)
             for (int64_t e = 0; e < E; ++e) {
                 int64_t begin = groups.ends[e], base = e * D, count = groups.ends[e + 1] - begin;
-                dots(w, base + first, base + std::min(D, first + CHUNK), &active[begin], count,
+                dots(w, base + first, base + std::min(D, first + CHUNK), &active.at[begin], count,
                      [&](int64_t i, int64_t n, float value) {
                          int64_t pair = groups.pairs[begin + i];
                          x_TD[pair / K * D + n - base] += weights_TK[pair] * (value + (layer.b_out ? layer.b_out[n] : 0));
@@ -532,7 +648,7 @@ void forward(const Model* model, const Pass* pass, float* hidden_TD, int threads
     auto normalise = [&](const float* weight, float* to) {
         for (int64_t t = 0; t < T; ++t) rms_norm(&x[t * D], weight, D, m.norm_eps, to + t * D);
     };
-    with_type(m.embed, [&](auto embed) {
+    with_exact(m.embed, [&](auto embed) {
         for (int64_t t = 0; t < T; ++t)
             for (int64_t d = 0; d < D; ++d) x[t * D + d] = embed.one(pass->tokens[t], d);
     });
@@ -543,7 +659,7 @@ void forward(const Model* model, const Pass* pass, float* hidden_TD, int threads
         if (layer->router.data) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (T > 3)
             for (int64_t t = 0; t < T; ++t) route(m, *layer, &h[t * D], &ids[t * m.top_k], &weights[t * m.top_k]);
-            experts(m, *layer, h.data(), ids, weights, x.data(), threads);
+            experts(m, *layer, h.data(), T, ids, weights, x.data(), threads);
         }
         if (layer->dense_in.data) dense(m, *layer, h.data(), T, x.data(), threads);
     }
