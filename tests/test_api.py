@@ -587,7 +587,8 @@ class TestDocument:
                 node = node[key]
         for route in ("completions", "chat/completions", "embeddings", "routing"):
             responses = document["paths"][f"/v1/{route}"]["post"]["responses"]
-            assert set(responses) == {"200", "400", "404", "413", "415", "500", "503", "504"}
+            late = {"504"} if route.endswith("completions") else set()
+            assert set(responses) == {"200", "400", "404", "413", "415", "500", "503"} | late
 
     def test_schema_admits_what_is_accepted_and_no_more(self, url):
         jsonschema = pytest.importorskip("jsonschema")

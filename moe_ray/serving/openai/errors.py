@@ -17,7 +17,7 @@ STATUSES = {
     504: "The deadline of the request passed.",
 }
 # Those of every route with a body that the engine works on.
-ENGINE = (400, 404, 413, 415, 500, 503, 504)
+ENGINE = (400, 404, 413, 415, 500, 503)
 
 
 class ErrorDetails(Answer):
