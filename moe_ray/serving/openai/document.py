@@ -35,7 +35,8 @@ def describe(body: type[Fields], answer: type[Answer], event: type[Answer] | Non
         success["content"] = {"text/event-stream": {"schema": {"type": "string", "description": said}}}
     schema = {"$ref": _REFERENCE.format(model=body.__name__)}
     request = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return {"responses": {200: success, **error_responses(*ENGINE)}, "openapi_extra": {"requestBody": request}}
+    statuses = (*ENGINE, 504) if "timeout" in body.model_fields else ENGINE
+    return {"responses": {200: success, **error_responses(*statuses)}, "openapi_extra": {"requestBody": request}}
 
 
 def document_requests(app: FastAPI) -> None:

@@ -14,6 +14,7 @@ STATUSES = {
     415: "The body is not declared as JSON.",
     500: "The server failed; the log names the request id.",
     503: "There is no room, or the engine has stopped; Retry-After says when to come back.",
+    504: "The deadline of the request passed.",
 }
 # Those of every route with a body that the engine works on.
 ENGINE = (400, 404, 413, 415, 500, 503)
