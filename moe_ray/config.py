@@ -238,6 +238,14 @@ class ServeConfig(Section):
     audit_log: str | None = Field(None, description="file for a JSON line a request, or stderr; default: none")
     audit_prompts: bool = Field(False, description="write prompts into the audit log too")
     dtype: Dtype = Field("float32", description="type of the weights and the KV cache")
+    quantize: Literal["none", "int8", "int4"] = Field(
+        "none", description="experts with weights of 8 or 4 bits; all else keeps dtype"
+    )
+    runner: Literal["auto", "native", "torch"] = Field(
+        "auto",
+        description="what computes tokens: native is C++ for CPUs, compiled at the first start; "
+        "auto takes it where there is a compiler and it knows the architecture",
+    )
     allow_unfaithful_routing: bool = Field(
         False, description="generate with a router that routes otherwise token by token than it did in training"
     )

@@ -50,17 +50,31 @@ class GroupedExperts(nn.Module):
         Returns:
             Rows of shape [R, D] in the dtype of `x_RD`. Experts without rows get zero gradients.
         """
-        ends_e = tokens_per_expert_e.cumsum(0).to(torch.int32)
-        w_in_eGD, w_out_eDF = self.w_in_eGD.to(x_RD.dtype), self.w_out_eDF.to(x_RD.dtype)
-        expert_R = b_in_eG = b_out_eD = None
-        if self.b_in_eG is not None and self.b_out_eD is not None:
-            experts_e = torch.arange(self.num_local_experts, device=x_RD.device)
-            expert_R = experts_e.repeat_interleave(tokens_per_expert_e, output_size=x_RD.shape[0])
-            b_in_eG, b_out_eD = self.b_in_eG.to(x_RD.dtype), self.b_out_eD.to(x_RD.dtype)
-        weights = (w_in_eGD, w_out_eDF, b_in_eG, b_out_eD)
-        if max_kept_rows is None or x_RD.shape[0] <= max_kept_rows:
-            return _GroupedFeedForward.apply(x_RD, *weights, ends_e, expert_R, self.activation, True)
-        return _in_chunks(x_RD, weights, ends_e, expert_R, self.activation, max_kept_rows)
+        weights = (self.w_in_eGD, self.w_out_eDF, self.b_in_eG, self.b_out_eD)
+        return grouped_feed_forward(x_RD, tokens_per_expert_e, *weights, self.activation, max_kept_rows)
+
+
+def grouped_feed_forward(
+    x_RD: Tensor,
+    tokens_per_expert_e: Tensor,
+    w_in_eGD: Tensor,
+    w_out_eDF: Tensor,
+    b_in_eG: Tensor | None,
+    b_out_eD: Tensor | None,
+    activation: Activation,
+    max_kept_rows: int | None = None,
+) -> Tensor:
+    """`GroupedExperts.forward` of these weights, in the dtype of `x_RD`."""
+    ends_e = tokens_per_expert_e.cumsum(0).to(torch.int32)
+    expert_R = None
+    if b_in_eG is not None and b_out_eD is not None:
+        experts_e = torch.arange(w_in_eGD.shape[0], device=x_RD.device)
+        expert_R = experts_e.repeat_interleave(tokens_per_expert_e, output_size=x_RD.shape[0])
+        b_in_eG, b_out_eD = b_in_eG.to(x_RD.dtype), b_out_eD.to(x_RD.dtype)
+    weights = (w_in_eGD.to(x_RD.dtype), w_out_eDF.to(x_RD.dtype), b_in_eG, b_out_eD)
+    if max_kept_rows is None or x_RD.shape[0] <= max_kept_rows:
+        return _GroupedFeedForward.apply(x_RD, *weights, ends_e, expert_R, activation, True)
+    return _in_chunks(x_RD, weights, ends_e, expert_R, activation, max_kept_rows)
 
 
 def _in_chunks(

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from moe_ray.checkpoint.inference import InferenceModel
 from moe_ray.config import ServeConfig
+from moe_ray.models.quantize import quantize_experts
 from moe_ray.serving.engine.cache import FREE_SHARE
 from moe_ray.serving.engine.engine import Engine
 from moe_ray.serving.engine.tiers import Tiering
@@ -13,8 +14,10 @@ def build_engine(model: InferenceModel, config: ServeConfig, max_context: int) -
     """The engine of one replica.
 
     Raises:
-        ConfigError: the memory for keys and values holds no text.
+        ConfigError: the memory for keys and values holds no text, or quantize or runner cannot be as asked.
     """
+    if config.quantize != "none":
+        quantize_experts(model.model, config.quantize)
     # As if all replicas were on one node. One that has a whole GPU shares its memory with nobody.
     sharers = 1 if config.gpus_per_replica >= 1 else config.max_replicas
     return Engine(
@@ -25,7 +28,8 @@ def build_engine(model: InferenceModel, config: ServeConfig, max_context: int) -
         kv_cache_bytes=config.kv_cache_bytes,
         free_share=FREE_SHARE / sharers,
         tiering=_tiering(config),
-        identity=_identity(model.path),
+        identity=f"{_identity(model.path)} {config.quantize}",
+        runner=config.runner,
     )
 
 

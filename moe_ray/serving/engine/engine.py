@@ -26,8 +26,8 @@ from moe_ray.serving.engine.cache import (
 )
 from moe_ray.serving.engine.generation import Generation
 from moe_ray.serving.engine.layout import make_layout
+from moe_ray.serving.engine.make_runner import RunnerKind, make_runner
 from moe_ray.serving.engine.request import Chunk, Request, Tokenizer
-from moe_ray.serving.engine.runner import make_runner
 from moe_ray.serving.engine.sampler import sample
 from moe_ray.serving.engine.scheduler import Scheduler, Span
 from moe_ray.serving.engine.stats import EngineStats
@@ -56,6 +56,7 @@ class Engine:
         tiering: of what the KV cache has no room for; None: that is forgotten.
         identity: of the weights; engines of one identity find each other's blocks on disk.
         free_share: of the free memory that a cache of no given size may take.
+        runner: see `make_runner`.
         clock: seconds, as the deadlines of requests are given.
 
     Raises:
@@ -74,6 +75,7 @@ class Engine:
         tiering: Tiering | None = None,
         identity: str = "",
         free_share: float = FREE_SHARE,
+        runner: RunnerKind = "auto",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         weight, max_blocks = model.embed.weight, blocks_of(max_context)
@@ -103,7 +105,7 @@ class Engine:
             root=root_digest(f"{identity} {weight.dtype} {BLOCK_TOKENS} {model.config.model_dump_json()}"),
         )
         self._cache = KVCache(model.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
-        self._runner = make_runner(model, self._cache)
+        self._runner = make_runner(model, self._cache, runner)
         block_bytes = bytes_per_block(model.config, weight.dtype)
         self._tiers = PrefixTiers(block_bytes, weight.dtype.itemsize, tiering) if tiering else None
         self._loading: set[Generation] = set()

@@ -33,11 +33,6 @@ class Runner(Protocol):
         ...
 
 
-def make_runner(model: Transformer, cache: KVCache) -> Runner:
-    """The runner for this model and its device."""
-    return TorchRunner(model, cache)
-
-
 class TorchRunner:
     """Runs any model on any device: `Transformer` itself, with views of the cache."""
 
@@ -45,6 +40,7 @@ class TorchRunner:
         self._model = model
         self._cache = cache
         self._device = model.embed.weight.device
+        self.dtype = model.embed.weight.dtype
         self._windows = frozenset(map(model.config.window, range(model.config.num_layers)))
 
     def forward(self, tokens_T: Tensor, layout: Layout) -> Tensor:

@@ -36,7 +36,7 @@ def describe(body: type[Fields], answer: type[Answer], event: type[Answer] | Non
         success["content"] = {"text/event-stream": {"schema": {"type": "string", "description": said}}}
     schema = {"$ref": _REFERENCE.format(model=body.__name__)}
     request = {"required": True, "content": {"application/json": {"schema": schema}}}
-    errors = error_responses(*(ENGINE if event is None else GENERATING))
+    errors = error_responses(*(GENERATING if "timeout" in body.model_fields else ENGINE))
     return {"responses": {200: success, **errors}, "openapi_extra": {"requestBody": request}}
 
 

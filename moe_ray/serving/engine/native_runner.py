@@ -1,0 +1,232 @@
+"""Few tokens at a time on a CPU: a whole forward pass is one call of the C++ in `moe_ray/native`.
+
+Shapes: T tokens of the pass, D model dim, B rows that get a token, V vocabulary, C head dim.
+"""
+
+import ctypes
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_ray.models.attention import Attention
+from moe_ray.models.experts import GroupedExperts
+from moe_ray.models.feed_forward import FeedForward
+from moe_ray.models.moe import MoE
+from moe_ray.models.quantize import QuantizedExperts
+from moe_ray.models.rope import rope_cos_sin, softmax_scale
+from moe_ray.models.router import Router
+from moe_ray.models.top_k_router import TopKRouter
+from moe_ray.models.transformer import Block, Transformer
+from moe_ray.native.build import load
+from moe_ray.serving.engine.cache import KVCache
+from moe_ray.serving.engine.layout import Layout
+from moe_ray.serving.engine.runner import TorchRunner
+
+# Above as many tokens the matrix units that torch uses win over reading each weight once.
+MAX_TOKENS = 48
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+_ACTIVATIONS = ("swiglu", "swigluoai", "geglu", "gelu", "relu", "relu2")
+
+
+class _Matrix(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("type", c_int32),
+    )
+
+
+def _struct(name: str, *groups: tuple[Any, str]) -> type[Structure]:
+    """Fields as decode.cpp declares them: of each group a type and names."""
+    fields = [(field, kind) for kind, names in groups for field in names.split()]
+    return type(name, (Structure,), {"_fields_": tuple(fields)})
+
+
+_Layer = _struct(
+    "_Layer",
+    (c_void_p, "attention_norm ffn_norm"),
+    (_Matrix, "wq wk wv wo"),
+    (c_void_p, "bq bk bv bo q_norm k_norm sinks keys values"),
+    (c_int64, "window"),
+    (_Matrix, "router"),
+    (c_void_p, "router_bias expert_bias"),
+    (_Matrix, "w_in w_out"),
+    (c_void_p, "b_in b_out"),
+    (_Matrix, "dense_in dense_out"),
+    (c_void_p, "shared_gate"),
+)
+_Model = _struct(
+    "_Model",
+    (c_void_p, "layers"),
+    (_Matrix, "embed"),
+    (c_void_p, "norm"),
+    (c_int64, "num_layers dim heads kv_heads head_dim block_tokens"),
+    (c_int64, "num_experts top_k expert_dim num_groups num_limited_groups"),
+    (c_float, "norm_eps softmax_scale clip_qkv swiglu_alpha swiglu_limit route_scale"),
+    (c_int32, "cache_type norm_heads norm_all_heads activation sigmoid softmax_after_top_k route_norm"),
+)
+_Pass = _struct(
+    "_Pass",
+    (c_void_p, "tokens positions slots counts tables cosines sines"),
+    (c_int64, "num_tokens num_spans table_width"),
+)
+
+
+def unsupported(model: Transformer) -> str | None:
+    """What of a model the C++ cannot do; None: nothing."""
+    config, weight = model.config, model.embed.weight
+    if weight.device.type != "cpu":
+        return f"the device {weight.device.type}"
+    if config.attention != "gqa":
+        return f"model.attention={config.attention}"
+    if config.router != "top_k":
+        return f"model.router={config.router}"
+    dtypes = {p.dtype for m in model.modules() if not isinstance(m, Router) for p in m.parameters(recurse=False)}
+    if not dtypes <= {weight.dtype}:
+        return "weights of several types"
+    return None
+
+
+class NativeRunner:
+    """A `Runner`; passes of more than `MAX_TOKENS` tokens go to a `TorchRunner` over the same weights.
+
+    Weights are used where they lie. Activations are float32 whatever the type of the weights.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        self._library = load()
+        self._config = model.config
+        self._many = TorchRunner(model, cache)
+        # Memory that the structures point to.
+        self._kept: list[Any] = []
+        layers = [
+            self._layer(block, index, cache)
+            for index, block in enumerate(model.layers)
+            if isinstance(block, Block)
+        ]
+        self._layers = (_Layer * len(layers))(*layers)
+        self._model = self._describe(model, cache)
+        self._head = self._matrix(model.embed.weight if model.head is None else model.head.weight)
+
+    def forward(self, tokens_T: Tensor, layout: Layout) -> Tensor:
+        """See `Runner`; of few tokens the result is float32."""
+        if len(tokens_T) > MAX_TOKENS:
+            return self._many.forward(tokens_T, layout)
+        cos, sin = rope_cos_sin(layout.position_T[None], self._config)
+        inputs = [tokens_T, layout.position_T, layout.slot_T, layout.count_S, layout.tables_SB, cos, sin]
+        inputs = [tensor.contiguous() for tensor in inputs]
+        pass_ = _Pass(*map(Tensor.data_ptr, inputs), len(tokens_T), len(layout.count_S), layout.tables_SB.shape[1])
+        hidden_TD = torch.empty(len(tokens_T), self._config.dim)
+        self._library.forward(
+            ctypes.byref(self._model), ctypes.byref(pass_), c_void_p(hidden_TD.data_ptr()), torch.get_num_threads()
+        )
+        return hidden_TD
+
+    def logits(self, hidden_BD: Tensor) -> Tensor:
+        """See `Runner`."""
+        if len(hidden_BD) > MAX_TOKENS:
+            return self._many.logits(hidden_BD.to(self._many.dtype))
+        hidden_BD = hidden_BD.float().contiguous()
+        logits_BV = torch.empty(len(hidden_BD), self._head.rows)
+        self._library.multiply(
+            ctypes.byref(self._head),
+            c_void_p(hidden_BD.data_ptr()),
+            c_int64(len(hidden_BD)),
+            c_void_p(logits_BV.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return logits_BV
+
+    def _describe(self, model: Transformer, cache: KVCache) -> Structure:
+        config = self._config
+        return _Model(
+            layers=ctypes.cast(self._layers, c_void_p),
+            embed=self._matrix(model.embed.weight),
+            norm=self._vector(model.norm.weight),
+            num_layers=config.num_layers,
+            dim=config.dim,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.qk_dim,
+            block_tokens=cache.block_tokens,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            expert_dim=config.expert_dim,
+            num_groups=config.num_expert_groups,
+            num_limited_groups=config.num_limited_groups,
+            norm_eps=config.norm_eps,
+            softmax_scale=softmax_scale(config),
+            clip_qkv=config.clip_qkv or 0,
+            swiglu_alpha=config.swiglu_alpha,
+            swiglu_limit=config.swiglu_limit,
+            route_scale=config.route_scale,
+            cache_type=_TYPES[cache.layers[0][0].dtype],
+            norm_heads=config.qk_norm == "head",
+            norm_all_heads=config.qk_norm == "full",
+            activation=_ACTIVATIONS.index(config.activation),
+            sigmoid=config.score_func == "sigmoid",
+            softmax_after_top_k=config.softmax_after_top_k,
+            route_norm=config.route_norm,
+        )
+
+    def _layer(self, block: Block, index: int, cache: KVCache) -> Structure:
+        attention, ffn = block.attention, block.ffn
+        assert isinstance(attention, Attention)
+        keys, values = cache.layers[index]
+        layer = _Layer(
+            attention_norm=self._vector(block.attention_norm.weight),
+            ffn_norm=self._vector(block.ffn_norm.weight),
+            q_norm=self._vector(getattr(attention.q_norm, "weight", None)),
+            k_norm=self._vector(getattr(attention.k_norm, "weight", None)),
+            sinks=self._vector(attention.sinks_H),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+            window=attention.window or 0,
+        )
+        for name in "qkvo":
+            linear = getattr(attention, f"w{name}")
+            setattr(layer, f"w{name}", self._matrix(linear.weight))
+            setattr(layer, f"b{name}", self._vector(linear.bias))
+        if isinstance(ffn, MoE):
+            self._add_experts(layer, ffn)
+        feed_forward = ffn.shared if isinstance(ffn, MoE) else ffn
+        if isinstance(feed_forward, FeedForward):
+            layer.dense_in = self._matrix(feed_forward.w_in.weight)
+            layer.dense_out = self._matrix(feed_forward.w_out.weight)
+        return layer
+
+    def _add_experts(self, layer: Any, moe: MoE) -> None:
+        router, experts = moe.router, moe.experts
+        assert isinstance(router, TopKRouter)
+        layer.router = self._matrix(router.weight.float())
+        layer.router_bias, layer.expert_bias = self._vector(router.bias), self._vector(router.expert_bias_E)
+        if isinstance(experts, QuantizedExperts):
+            layer.w_in = self._matrix(experts.w_in_codes_e, experts.w_in_scales_e)
+            layer.w_out = self._matrix(experts.w_out_codes_e, experts.w_out_scales_e)
+        else:
+            assert isinstance(experts, GroupedExperts)
+            layer.w_in, layer.w_out = self._matrix(experts.w_in_eGD), self._matrix(experts.w_out_eDF)
+        layer.b_in, layer.b_out = self._vector(experts.b_in_eG), self._vector(experts.b_out_eD)
+        layer.shared_gate = self._vector(getattr(moe.shared_gate, "weight", None))
+
+    def _matrix(self, weight: Tensor, scales: Tensor | None = None) -> _Matrix:
+        """A weight of shape [..., rows, columns] where it lies."""
+        assert weight.is_contiguous()
+        self._kept += [weight, scales]
+        columns = weight.shape[-1] * (2 if weight.dtype == torch.uint8 else 1)
+        rows = weight.numel() // weight.shape[-1]
+        return _Matrix(
+            weight.data_ptr(), None if scales is None else scales.data_ptr(), rows, columns, _TYPES[weight.dtype]
+        )
+
+    def _vector(self, weight: Tensor | None) -> int | None:
+        """A copy in float32; None stays absent."""
+        if weight is None:
+            return None
+        self._kept.append(weight.detach().float().contiguous())
+        return self._kept[-1].data_ptr()
