@@ -4,8 +4,8 @@ Run `python benchmarks/decode.py`; `--vllm PYTHON` names an interpreter in which
 (benchmarks/README.md says how), `--batches 1 16 --only native-bfloat16 transformers-bfloat16` runs a part.
 
 All generate greedily with the same random weights of a Mixtral of 111 million parameters, 33 million of them
-active, after the same prompts. Every contestant is a process of its own; they take turns, round after round, so that other
-load hits all alike. Decoding is the time of the whole text less that of its prompt and first token.
+active, after the same prompts. Every contestant is a process of its own; they take turns, round after round, so
+that other load hits all alike. Decoding is the time of the whole text less that of its prompt and first token.
 
 - native-TYPE: our engine with the C++ runner; int8 and int4 are experts over bfloat16.
 - torch-TYPE: our engine without a compiler.
