@@ -121,9 +121,10 @@ class TestSameTokens:
         rest = [make_request("short", [5, 6, 7]), make_request("long", [8] * 50)]
         assert all(result[1] != "error" for result in run(engine, *rest))
 
-    def test_only_sampled_positions_get_logits(self, engine, model, monkeypatch):
+    def test_only_sampled_positions_get_logits(self, model, tokenizer, monkeypatch):
         rows = []
         logits = model.logits
+        engine = Engine(model, tokenizer, max_batch_size=4, max_context=64, runner="torch")
         monkeypatch.setattr(model, "logits", lambda hidden: rows.append(hidden.shape[0]) or logits(hidden))
         run(engine, make_request("a", [3] * 30, max_tokens=2))
         assert rows == [1, 1]

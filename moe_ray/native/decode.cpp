@@ -37,13 +37,23 @@ template <class V, class S> inline V load(const S* from) {
 
 inline void store(float* to, vec value) { std::memcpy(to, &value, sizeof value); }
 
-inline float sum(vec value) {
-    float lanes[W];
-    store(lanes, value);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    return lanes[0];
+// The sums of up to 16 vectors, that of v[i] in lane i. A fold halves their number: of two it keeps, in the lanes whose
+// number has the bit and in those without it, what each of them sums to.
+template <int bit, int... lane> inline vec fold(vec a, vec b, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(a, b, (lane & bit ? W + lane : lane)...) +
+           __builtin_shufflevector(a, b, (lane & bit ? W + (lane ^ bit) : lane ^ bit)...);
 }
+
+template <int count, int bit = 1> inline vec sums(vec* v) {
+    if constexpr (bit == W) return v[0];
+    else {
+        for (int i = 0; i < count; i += 2)
+            v[i / 2] = fold<bit>(v[i], v[std::min(i + 1, count - 1)], std::make_integer_sequence<int, W>());
+        return sums<(count + 1) / 2, 2 * bit>(v);
+    }
+}
+
+inline float sum(vec value) { return sums<1>(&value)[0]; }
 
 inline float from_bf16(uint16_t bits) {
     uint32_t wide = uint32_t(bits) << 16;
@@ -138,6 +148,7 @@ struct TimesFloat32 {
 };
 
 struct Float32 : TimesFloat32 {
+    static constexpr bool PACKED = false;
     const float* data;
     int64_t columns;
     explicit Float32(const Matrix& m) : data((const float*)m.data), columns(m.columns) {}
@@ -148,6 +159,7 @@ struct Float32 : TimesFloat32 {
 };
 
 struct Bfloat16 : TimesFloat32 {
+    static constexpr bool PACKED = true;
     const uint16_t* data;
     int64_t columns;
     explicit Bfloat16(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
@@ -160,6 +172,7 @@ struct Bfloat16 : TimesFloat32 {
 };
 
 struct Int8 : TimesFloat32 {
+    static constexpr bool PACKED = true;
     const int8_t* data;
     const float* scales;
     int64_t columns;
@@ -173,6 +186,7 @@ struct Int8 : TimesFloat32 {
 };
 
 struct Int4 : TimesFloat32 {
+    static constexpr bool PACKED = true;
     const uint8_t* data;
     const uint16_t* scales;
     int64_t columns;
@@ -201,6 +215,7 @@ struct TimesBfloat16 {
 };
 
 struct Bfloat16Pairs : TimesBfloat16 {
+    static constexpr bool PACKED = false;
     const uint16_t* data;
     int64_t columns;
     explicit Bfloat16Pairs(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
@@ -211,6 +226,7 @@ struct Bfloat16Pairs : TimesBfloat16 {
 };
 
 struct Int8Pairs : TimesBfloat16 {
+    static constexpr bool PACKED = true;
     const int8_t* data;
     const float* scales;
     int64_t columns;
@@ -228,6 +244,7 @@ struct Int8Pairs : TimesBfloat16 {
 };
 
 struct Int4Pairs : TimesBfloat16 {
+    static constexpr bool PACKED = true;
     const uint8_t* data;
     const uint16_t* scales;
     int64_t columns;
@@ -272,10 +289,15 @@ template <class F> inline void with_rounding(const Matrix& m, F function) {
     }
 }
 
+template <class F> inline void with_weight(const Matrix& m, bool exact, F function) {
+    if (exact) with_exact(m, function);
+    else with_rounding(m, function);
+}
+
 // R rows of a weight times n tokens; each weight is read once and used n times.
 template <int R, int n, class M, class Emit>
 inline void dot_tile(const M& w, int64_t row, const typename M::Input* const* x, int64_t t, const Emit& emit) {
-    vec sums[n][R] = {};
+    vec products[n * R] = {};
     int64_t column = 0;
     for (; column + M::STEP <= w.columns; column += M::STEP) {
         typename M::Values weights[R];
@@ -286,12 +308,14 @@ inline void dot_tile(const M& w, int64_t row, const typename M::Input* const* x,
         }
         for (int i = 0; i < n; ++i) {
             auto values = load<typename M::Values>(x[t + i] + column);
-            for (int r = 0; r < R; ++r) sums[i][r] = M::add(sums[i][r], weights[r], values);
+            for (int r = 0; r < R; ++r) products[i * R + r] = M::add(products[i * R + r], weights[r], values);
         }
     }
+    float totals[W];
+    store(totals, sums<n * R>(products));
     for (int i = 0; i < n; ++i)
         for (int r = 0; r < R; ++r) {
-            float total = sum(sums[i][r]);
+            float total = totals[i * R + r];
             for (int64_t c = column; c < w.columns; ++c) total += w.one(row + r, c) * wide(x[t + i][c]);
             emit(t + i, row + r, total * w.factor(row + r));
         }
@@ -301,14 +325,45 @@ template <int R, class M, class Emit>
 inline void dot_rows(const M& w, int64_t row, const typename M::Input* const* x, int64_t T, const Emit& emit) {
     int64_t t = 0;
     for (; t + 4 <= T; t += 4) dot_tile<R, 4>(w, row, x, t, emit);
-    for (; t < T; ++t) dot_tile<R, 1>(w, row, x, t, emit);
+    switch (T - t) {
+        case 3: return dot_tile<R, 3>(w, row, x, t, emit);
+        case 2: return dot_tile<R, 2>(w, row, x, t, emit);
+        case 1: return dot_tile<R, 1>(w, row, x, t, emit);
+    }
+}
+
+// Rows of a weight as they are multiplied, so that many tokens do not each unpack them again.
+template <class M> struct Unpacked : M {
+    using Values = typename M::Values;
+    const Values* tile;
+    int64_t first;
+    Unpacked(const M& w, const Values* tile, int64_t first) : M(w), tile(tile), first(first) {}
+    Values at(int64_t row, int64_t column) const {
+        return tile[(row - first) * (M::columns / M::STEP) + column / M::STEP];
+    }
+};
+
+template <int R, class M, class Emit>
+inline void dot_unpacked(const M& w, int64_t row, const typename M::Input* const* x, int64_t T, const Emit& emit) {
+    thread_local std::vector<typename M::Values> tile;
+    int64_t steps = w.columns / M::STEP;
+    tile.resize(R * steps);
+    for (int r = 0; r < R; ++r)
+        for (int64_t i = 0; i < steps; ++i) {
+            tile[r * steps + i] = w.at(row + r, i * M::STEP);
+            __builtin_prefetch(w.address(row + AHEAD * R + r, i * M::STEP));
+        }
+    dot_rows<R>(Unpacked<M>(w, tile.data(), row), row, x, T, emit);
 }
 
 // emit(token, row, row of w . x[token]) for the rows [first, last) and all T tokens.
 template <class M, class Emit>
 void dots(const M& w, int64_t first, int64_t last, const typename M::Input* const* x, int64_t T, const Emit& emit) {
     int64_t row = first;
-    for (; row + 4 <= last; row += 4) dot_rows<4>(w, row, x, T, emit);
+    for (; row + 4 <= last; row += 4) {
+        if (M::PACKED && T > 4) dot_unpacked<4>(w, row, x, T, emit);
+        else dot_rows<4>(w, row, x, T, emit);
+    }
     for (; row < last; ++row) dot_rows<1>(w, row, x, T, emit);
 }
 
@@ -334,8 +389,9 @@ template <> struct Rows<uint16_t> {
 constexpr int64_t CHUNK = 32;  // rows that a thread takes at a time
 
 // y = x w^T + bias, or y += that.
-void linear(const Matrix& m, const float* x_TD, int64_t T, const float* bias_N, float* y_TN, bool add, int threads) {
-    with_rounding(m, [&](auto w) {
+void linear(const Matrix& m, const float* x_TD, int64_t T, const float* bias_N, float* y_TN, bool add, int threads,
+            bool exact = false) {
+    with_weight(m, exact, [&](auto w) {
         Rows<typename decltype(w)::Input> x(x_TD, T, m.columns);
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t first = 0; first < m.rows; first += CHUNK)
@@ -578,16 +634,13 @@ void experts(const Model& m, const Layer& layer, const float* h_TD, int64_t T, c
     Groups groups(ids_TK, E);
     int64_t N = groups.pairs.size();
     std::vector<float> hidden_NG(N * G), active_NF(N * F);
-    auto with_expert = [&](const Matrix& weight, auto function) {
-        if (m.cache_type == BFLOAT16) with_rounding(weight, function);
-        else with_exact(weight, function);
-    };
+    bool exact = m.cache_type == FLOAT32;
     // Work in pieces of rows of those experts that were chosen.
     std::vector<std::pair<int64_t, int64_t>> pieces;
     for (int64_t e = 0; e < E; ++e)
         for (int64_t first = 0; first < G && groups.ends[e] < groups.ends[e + 1]; first += CHUNK)
             pieces.emplace_back(e, first);
-    with_expert(layer.w_in, [&](auto w) {
+    with_weight(layer.w_in, exact, [&](auto w) {
         using Input = typename decltype(w)::Input;
         Rows<Input> h(h_TD, T, D);
         std::vector<const Input*> x(N);
@@ -604,7 +657,7 @@ void experts(const Model& m, const Layer& layer, const float* h_TD, int64_t T, c
     });
 #pragma omp parallel for num_threads(threads) schedule(static) if (N > 8)
     for (int64_t i = 0; i < N; ++i) activate(m, &hidden_NG[i * G], F, &active_NF[i * F]);
-    with_expert(layer.w_out, [&](auto w) {
+    with_weight(layer.w_out, exact, [&](auto w) {
         Rows<typename decltype(w)::Input> active(active_NF.data(), N, F);
         // A thread owns columns of the result: several experts add to the same token.
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -667,7 +720,7 @@ void forward(const Model* model, const Pass* pass, float* hidden_TD, int threads
 }
 
 // y [T, N] = x [T, D] w^T.
-void multiply(const Matrix* w, const float* x, int64_t num_tokens, float* y, int threads) {
-    linear(*w, x, num_tokens, nullptr, y, false, threads);
+void multiply(const Matrix* w, const float* x, int64_t num_tokens, float* y, int exact, int threads) {
+    linear(*w, x, num_tokens, nullptr, y, false, threads, exact && w->type != BFLOAT16);
 }
 }

@@ -20,6 +20,7 @@ from moe_ray.models.router import Router
 from moe_ray.models.top_k_router import TopKRouter
 from moe_ray.models.transformer import Block, Transformer
 from moe_ray.native.build import load
+from moe_ray.native.matrix import TYPES, Matrix, as_matrix, multiply
 from moe_ray.serving.engine.cache import KVCache
 from moe_ray.serving.engine.layout import Layout
 from moe_ray.serving.engine.runner import TorchRunner
@@ -27,18 +28,7 @@ from moe_ray.serving.engine.runner import TorchRunner
 # Above as many tokens the matrix units that torch uses win over reading each weight once.
 MAX_TOKENS = 48
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 _ACTIVATIONS = ("swiglu", "swigluoai", "geglu", "gelu", "relu", "relu2")
-
-
-class _Matrix(Structure):
-    _fields_ = (
-        ("data", c_void_p),
-        ("scales", c_void_p),
-        ("rows", c_int64),
-        ("columns", c_int64),
-        ("type", c_int32),
-    )
 
 
 def _struct(name: str, *groups: tuple[Any, str]) -> type[Structure]:
@@ -50,20 +40,20 @@ def _struct(name: str, *groups: tuple[Any, str]) -> type[Structure]:
 _Layer = _struct(
     "_Layer",
     (c_void_p, "attention_norm ffn_norm"),
-    (_Matrix, "wq wk wv wo"),
+    (Matrix, "wq wk wv wo"),
     (c_void_p, "bq bk bv bo q_norm k_norm sinks keys values"),
     (c_int64, "window"),
-    (_Matrix, "router"),
+    (Matrix, "router"),
     (c_void_p, "router_bias expert_bias"),
-    (_Matrix, "w_in w_out"),
+    (Matrix, "w_in w_out"),
     (c_void_p, "b_in b_out"),
-    (_Matrix, "dense_in dense_out"),
+    (Matrix, "dense_in dense_out"),
     (c_void_p, "shared_gate"),
 )
 _Model = _struct(
     "_Model",
     (c_void_p, "layers"),
-    (_Matrix, "embed"),
+    (Matrix, "embed"),
     (c_void_p, "norm"),
     (c_int64, "num_layers dim heads kv_heads head_dim block_tokens"),
     (c_int64, "num_experts top_k expert_dim num_groups num_limited_groups"),
@@ -131,16 +121,7 @@ class NativeRunner:
         """See `Runner`."""
         if len(hidden_BD) > MAX_TOKENS:
             return self._many.logits(hidden_BD.to(self._many.dtype))
-        hidden_BD = hidden_BD.float().contiguous()
-        logits_BV = torch.empty(len(hidden_BD), self._head.rows)
-        self._library.multiply(
-            ctypes.byref(self._head),
-            c_void_p(hidden_BD.data_ptr()),
-            c_int64(len(hidden_BD)),
-            c_void_p(logits_BV.data_ptr()),
-            torch.get_num_threads(),
-        )
-        return logits_BV
+        return multiply(self._head, hidden_BD.float().contiguous())
 
     def _describe(self, model: Transformer, cache: KVCache) -> Structure:
         config = self._config
@@ -165,7 +146,7 @@ class NativeRunner:
             swiglu_alpha=config.swiglu_alpha,
             swiglu_limit=config.swiglu_limit,
             route_scale=config.route_scale,
-            cache_type=_TYPES[cache.layers[0][0].dtype],
+            cache_type=TYPES[cache.layers[0][0].dtype],
             norm_heads=config.qk_norm == "head",
             norm_all_heads=config.qk_norm == "full",
             activation=_ACTIVATIONS.index(config.activation),
@@ -206,6 +187,7 @@ class NativeRunner:
         layer.router = self._matrix(router.weight.float())
         layer.router_bias, layer.expert_bias = self._vector(router.bias), self._vector(router.expert_bias_E)
         if isinstance(experts, QuantizedExperts):
+            experts.use_native()
             layer.w_in = self._matrix(experts.w_in_codes_e, experts.w_in_scales_e)
             layer.w_out = self._matrix(experts.w_out_codes_e, experts.w_out_scales_e)
         else:
@@ -214,15 +196,9 @@ class NativeRunner:
         layer.b_in, layer.b_out = self._vector(experts.b_in_eG), self._vector(experts.b_out_eD)
         layer.shared_gate = self._vector(getattr(moe.shared_gate, "weight", None))
 
-    def _matrix(self, weight: Tensor, scales: Tensor | None = None) -> _Matrix:
-        """A weight of shape [..., rows, columns] where it lies."""
-        assert weight.is_contiguous()
+    def _matrix(self, weight: Tensor, scales: Tensor | None = None) -> Matrix:
         self._kept += [weight, scales]
-        columns = weight.shape[-1] * (2 if weight.dtype == torch.uint8 else 1)
-        rows = weight.numel() // weight.shape[-1]
-        return _Matrix(
-            weight.data_ptr(), None if scales is None else scales.data_ptr(), rows, columns, _TYPES[weight.dtype]
-        )
+        return as_matrix(weight, scales)
 
     def _vector(self, weight: Tensor | None) -> int | None:
         """A copy in float32; None stays absent."""
