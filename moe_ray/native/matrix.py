@@ -1,0 +1,48 @@
+"""Weights as the C++ sees them, and their product with rows of numbers.
+
+Shapes: T rows, N rows and D columns of a weight.
+"""
+
+import ctypes
+from ctypes import Structure, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from moe_ray.native.build import load
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+
+
+class Matrix(Structure):
+    """`Matrix` of decode.cpp. It points to the memory of tensors, which have to outlive it."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("type", c_int32),
+    )
+
+
+def as_matrix(weight: Tensor, scales: Tensor | None = None) -> Matrix:
+    """A weight of shape [..., N, D], or codes and scales of `models.quantize`, where they lie."""
+    assert weight.is_contiguous()
+    columns = weight.shape[-1] * (2 if weight.dtype == torch.uint8 else 1)
+    rows = weight.numel() // weight.shape[-1]
+    data = None if scales is None else scales.data_ptr()
+    return Matrix(weight.data_ptr(), data, rows, columns, TYPES[weight.dtype])
+
+
+def multiply(matrix: Matrix, x_TD: Tensor, exact: bool = True) -> Tensor:
+    """y_TN = x W^T in float32.
+
+    Args:
+        x_TD: float32, contiguous.
+        exact: otherwise, and by weights in bfloat16, inputs may be rounded to bfloat16.
+    """
+    y_TN = torch.empty(len(x_TD), matrix.rows)
+    x, y = c_void_p(x_TD.data_ptr()), c_void_p(y_TN.data_ptr())
+    load().multiply(ctypes.byref(matrix), x, c_int64(len(x_TD)), y, exact, torch.get_num_threads())
+    return y_TN
