@@ -136,6 +136,12 @@ def measure(arguments: argparse.Namespace) -> dict[tuple[str, int], list[dict[st
                 }
                 for name, contestant in contestants.items():
                     result = contestant.run(name, **job)
+                    seconds = result["prefill"], result["total"]
+                    print(
+                        f"round {number} batch {batch:2} {name:22} {seconds[0]:6.2f} s for the prompts, "
+                        f"{seconds[1]:6.2f} s in all",
+                        flush=True,
+                    )
                     # The first round warms up.
                     if number:
                         results.setdefault((name, batch), []).append(result)
@@ -200,7 +206,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=(*OURS, *PEERS), default=DEFAULT)
     parser.add_argument("--vllm", help="interpreter with vLLM; without it vLLM does not take part")
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--verbose", action="store_true", help="show what the contestants say")

@@ -7,7 +7,6 @@ an interpreter where nothing of ours is installed.
 import argparse
 import json
 import os
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -81,15 +80,16 @@ def ours(_: str, dtype: str, quantize: str, runner: str) -> Generate:
 def transformers(folder: str, dtype: str, *_: str) -> Generate:
     """`generate` of MixtralForCausalLM."""
     import torch
-    from transformers import MixtralForCausalLM
+    from transformers import GenerationConfig, MixtralForCausalLM
 
-    model = MixtralForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    # The folder is one that decode.py made.
+    model = MixtralForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()  # nosec B615
 
     def generate(prompts: list[list[int]], count: int) -> list[list[int]]:
         ids = torch.tensor(prompts)
-        options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        greedy = GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0)
         with torch.inference_mode():
-            found = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            found = model.generate(ids, greedy, attention_mask=torch.ones_like(ids))
         return found[:, ids.shape[1] :].tolist()
 
     return generate
@@ -132,9 +132,9 @@ def main() -> None:
     print("RESULT ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        rng = random.Random(job["seed"])
-        prompts = [[rng.randrange(1, VOCAB) for _ in range(job["prompt"])] for _ in range(job["batch"])]
-        others = [[rng.randrange(1, VOCAB) for _ in range(job["prompt"])] for _ in range(job["batch"])]
+        generator = torch.Generator().manual_seed(job["seed"])
+        shape = (job["batch"], job["prompt"])
+        prompts, others = (torch.randint(1, VOCAB, shape, generator=generator).tolist() for _ in range(2))
         start = time.perf_counter()
         generate(others, 1)
         prefilled = time.perf_counter()
