@@ -10,7 +10,7 @@ import torch
 from moe_ray.serving.engine.cache import bytes_per_block
 from moe_ray.serving.engine.disk_tier import DiskTier
 from moe_ray.serving.engine.engine import Engine
-from moe_ray.serving.engine.tiers import Tiering
+from moe_ray.serving.engine.tier_store import Tiering
 from tests.engines import MAX_CONTEXT, expected, make_model, make_request, make_tokenizer, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,7 +157,7 @@ class TestDisk:
         tier.put(b"after", b"x" * 100_000)
         assert tier.errors == 1
         assert (tier.get(b"before"), tier.get(b"after")) == (b"kept", None)
-        assert [path.name for path in tmp_path.iterdir()] == [b"before".hex()]
+        assert [path.name for path in tmp_path.iterdir()] == [f"{b'before'.hex()}.tier"]
 
     def test_two_replicas_share_a_folder(self, make_engine, model, tokenizer, tmp_path):
         one, other = (make_engine(Tiering(0, tmp_path, BIG)) for _ in range(2))
@@ -170,7 +170,7 @@ class TestDisk:
         tier = DiskTier(tmp_path, 10_000)
         for number in range(9):
             tier.put(bytes([number]), bytes(1000))
-            os.utime(tmp_path / bytes([number]).hex(), (number, number))
+            os.utime(tmp_path / f"{bytes([number]).hex()}.tier", (number, number))
         assert tier.get(bytes([0])) == bytes(1000)
         tier.put(bytes([9]), bytes(1000))
         kept = {number for number in range(10) if bytes([number]) in tier}
