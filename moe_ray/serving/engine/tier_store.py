@@ -18,11 +18,13 @@ class Tiering:
         memory_bytes: of compressed items in memory; 0: none are kept there.
         folder: of those on disk; None: none are.
         disk_bytes: of all that is kept in the folder.
+        prefetch: whether what is likely to be asked for next is brought from disk into memory.
     """
 
     memory_bytes: int = 0
     folder: Path | None = None
     disk_bytes: int = 0
+    prefetch: bool = True
 
     def __bool__(self) -> bool:
         """Whether anything is kept."""

@@ -45,7 +45,7 @@ class PrefixTiers:
         self._item_bytes = item_bytes
         self._store = TierStore(tiering)
         self._misses = self._dropped = self._prefetched = self._prefetch_hits = 0
-        self._prefetching = tiering.memory_bytes > 0 and tiering.folder is not None
+        self._prefetching = tiering.prefetch and tiering.memory_bytes > 0 and tiering.folder is not None
         self._successors = Successors()
         # Both belong to the thread: guesses, and blocks in memory because of one that were not asked for yet.
         self._prefetches: deque[bytes] = deque(maxlen=_MAX_PREFETCHES)
