@@ -4,7 +4,7 @@ Run `python benchmarks/cache.py`; `--checkpoint FOLDER` takes a model of yours i
 conversations share a system prompt, then take turns by Zipf's law; one that ends begins anew, as do questions that
 many ask. Requests come one after another with a pause between. The KV cache (L1) holds a few conversations, the
 memory tier (L2) some more, the disk (L3) all. `off` is an engine that is made to forget everything between two
-requests. A request counts for the lowest tier that had a block of its prompt. All answers must equal those of `off`.
+requests. A request counts for the lowest tier that had a block of its prompt. Answers must equal those of `off`.
 
 Files are dropped from the page cache before each request unless `--warm`; where the kernel refuses nobody is told.
 """
@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import statistics
 import tempfile
 import time
@@ -110,12 +109,13 @@ class Trace:
     """Prompts in the order they are asked, which grow by the answers that are given."""
 
     def __init__(self, arguments: argparse.Namespace, tokenizer: TextTokenizer) -> None:
-        self._rng = random.Random(arguments.seed)
+        self._rng = np.random.default_rng(arguments.seed)
         self._text = tokenizer.encode(corpus())
         self._system = self._take(SYSTEM_TOKENS)
         self._says = [[self._take(TURN_TOKENS) for _ in range(TURNS)] for _ in range(arguments.conversations)]
-        weights = [1 / (rank + 1) ** arguments.zipf for rank in range(arguments.conversations)]
-        self._order = self._rng.choices(range(arguments.conversations), weights, k=arguments.requests)
+        weights = np.arange(1, arguments.conversations + 1) ** -arguments.zipf
+        order = self._rng.choice(arguments.conversations, arguments.requests, p=weights / weights.sum())
+        self._order: list[int] = order.tolist()
 
     def prompts(self, answer: Callable[[int, list[int]], list[int]]) -> None:
         """Ask all; `answer` gets the number of each and its prompt, and gives the tokens of the answer."""
@@ -128,10 +128,10 @@ class Trace:
 
     def filler(self) -> list[int]:
         """A prompt that fills a cache of one context."""
-        return [self._rng.randrange(100) for _ in range(CONTEXT - 1)]
+        return self._rng.integers(100, size=CONTEXT - 1).tolist()
 
     def _take(self, count: int) -> list[int]:
-        first = self._rng.randrange(len(self._text) - count)
+        first = int(self._rng.integers(len(self._text) - count))
         return self._text[first : first + count]
 
 

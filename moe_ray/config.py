@@ -231,6 +231,9 @@ class ServeConfig(Section):
         None, description="local folder where such prefixes outlive a restart; replicas of a node share it"
     )
     prefix_disk_bytes: NonNegativeInt = Field(2**30, description="most bytes in prefix_folder")
+    prefix_prefetch: bool = Field(
+        False, description="bring prefixes from disk into memory that followed the same prompt before"
+    )
     response_cache_bytes: NonNegativeInt = Field(
         0,
         description="memory of a replica for finished answers that the same request would get again: "

@@ -142,7 +142,7 @@ class TestHits:
 
 class TestPrefetch:
     def test_the_next_turn_is_brought_into_memory(self, make_engine, model, tokenizer, tmp_path):
-        engine = make_engine(Tiering(20_000, tmp_path, BIG))
+        engine = make_engine(Tiering(20_000, tmp_path, BIG, prefetch=True))
         (whole, *others) = make_turns(10)
         turn = make_request("turn", whole.prompt_ids[:17], max_tokens=1)
         again = make_request("again", whole.prompt_ids, max_tokens=1)
@@ -159,7 +159,7 @@ class TestPrefetch:
         assert stats.tier_disk_hits == from_disk
 
     def test_a_wrong_guess_costs_no_text(self, make_engine, model, tokenizer, tmp_path):
-        engine = make_engine(Tiering(20_000, tmp_path, BIG))
+        engine = make_engine(Tiering(20_000, tmp_path, BIG, prefetch=True))
         (whole, *others) = make_turns(11)
         turn = make_request("turn", whole.prompt_ids[:17], max_tokens=1)
         other = make_request("other", [*whole.prompt_ids[:16], *others[0].prompt_ids[:30]], max_tokens=1)

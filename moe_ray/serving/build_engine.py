@@ -1,5 +1,6 @@
 """An engine for a loaded model, as the settings of an endpoint say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from moe_ray.checkpoint.inference import InferenceModel
@@ -29,7 +30,10 @@ def build_engine(model: InferenceModel, config: ServeConfig, max_context: int) -
         max_context=max_context,
         kv_cache_bytes=config.kv_cache_bytes,
         free_share=FREE_SHARE / sharers,
-        tiering=_tiering(config.prefix_memory_bytes, config.prefix_folder, config.prefix_disk_bytes),
+        tiering=replace(
+            _tiering(config.prefix_memory_bytes, config.prefix_folder, config.prefix_disk_bytes),
+            prefetch=config.prefix_prefetch,
+        ),
         identity=_identity(model.path, config),
         runner=config.runner,
     )

@@ -24,7 +24,7 @@ class Tiering:
     memory_bytes: int = 0
     folder: Path | None = None
     disk_bytes: int = 0
-    prefetch: bool = True
+    prefetch: bool = False
 
     def __bool__(self) -> bool:
         """Whether anything is kept."""
