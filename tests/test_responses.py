@@ -15,6 +15,7 @@ from moe_ray.serving.completions import CompletionService
 from moe_ray.serving.engine.request import SamplingParams
 from tests.chat_model import NAME, load_chat_model, write_chat_folder
 from tests.damage import DAMAGES, fill, spoil
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BIG = 1 << 20
@@ -291,6 +292,7 @@ class TestDamage:
     def test_a_full_disk(self, serve, uncached, small_disk):
         client = serve(response_folder=str(small_disk / "cache"))
         client.ask(prompt="before")
+        until(lambda: client.service.stats().response_disk_bytes)
         filler = fill(small_disk)
         for _ in range(2):
             for prompt in ("the cat", "before"):
