@@ -231,6 +231,19 @@ class ServeConfig(Section):
         None, description="local folder where such prefixes outlive a restart; replicas of a node share it"
     )
     prefix_disk_bytes: NonNegativeInt = Field(2**30, description="most bytes in prefix_folder")
+    prefix_prefetch: bool = Field(
+        False, description="bring prefixes from disk into memory that followed the same prompt before"
+    )
+    response_cache_bytes: NonNegativeInt = Field(
+        0,
+        description="memory of a replica for finished answers that the same request would get again: "
+        "temperature 0, or a seed",
+    )
+    response_memory_bytes: NonNegativeInt = Field(0, description="memory for compressed ones")
+    response_folder: str | None = Field(
+        None, description="local folder where they outlive a restart; replicas of a node share it"
+    )
+    response_disk_bytes: NonNegativeInt = Field(2**28, description="most bytes in response_folder")
     max_body_bytes: PositiveInt = Field(4_000_000, description="largest request body")
     api_keys_file: str | None = Field(
         None, description="file of hashed API keys on every node; without it and MOE_RAY_API_KEYS anybody may ask"

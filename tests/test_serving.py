@@ -137,6 +137,7 @@ class TestAnswers:
             "prompt_tokens": prompt_tokens,
             "completion_tokens": 7,
             "total_tokens": prompt_tokens + 7,
+            "prompt_tokens_details": {"cached_tokens": 0},
         }
 
     def test_four_forms_of_prompt(self, complete, inference_model):

@@ -2,6 +2,10 @@
 
 import os
 import random
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +14,33 @@ import torch
 from moe_ray.serving.engine.cache import bytes_per_block
 from moe_ray.serving.engine.disk_tier import DiskTier
 from moe_ray.serving.engine.engine import Engine
-from moe_ray.serving.engine.tiers import Tiering
+from moe_ray.serving.engine.successors import MAX_PREDICTED, Successors
+from moe_ray.serving.engine.tier_store import Tiering
+from tests.damage import DAMAGES, fill, spoil
 from tests.engines import MAX_CONTEXT, expected, make_model, make_request, make_tokenizer, run
+from tests.waiting import until
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BIG = 1 << 24
+
+_WRITER = """
+import pathlib
+import sys
+from moe_ray.serving.engine.disk_tier import DiskTier
+tier = DiskTier(pathlib.Path(sys.argv[1]), 10 << 24)
+while True:
+    for number in range(256):
+        tier.put(bytes([number]), bytes([number]) * (1 << 24))
+"""
+_COMPUTER = """
+import pathlib
+import sys
+from tests.test_tiers import BIG, Tiering, make_model, make_tiny_engine, make_tokenizer, make_turns, run
+tokenizer = make_tokenizer()
+engine = make_tiny_engine(make_model(tokenizer), tokenizer, Tiering(0, pathlib.Path(sys.argv[1]), BIG))
+run(engine, *make_turns(9))
+engine.close()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +59,25 @@ def make_engine(model, tokenizer):
     engines = []
 
     def make(tiering, identity="a model"):
-        budget = 6 * bytes_per_block(model.config, torch.float32)
-        engine = Engine(
-            model,
-            tokenizer,
-            max_batch_size=2,
-            max_context=MAX_CONTEXT,
-            kv_cache_bytes=budget,
-            tiering=tiering,
-            identity=identity,
-        )
-        engines.append(engine)
-        return engine
+        engines.append(make_tiny_engine(model, tokenizer, tiering, identity))
+        return engines[-1]
 
     yield make
     for engine in engines:
         engine.close()
+
+
+def make_tiny_engine(model, tokenizer, tiering, identity="a model"):
+    """Its cache holds little more than one context."""
+    return Engine(
+        model,
+        tokenizer,
+        max_batch_size=2,
+        max_context=MAX_CONTEXT,
+        kv_cache_bytes=6 * bytes_per_block(model.config, torch.float32),
+        tiering=tiering,
+        identity=identity,
+    )
 
 
 def make_turns(number):
@@ -111,6 +140,71 @@ class TestHits:
         assert check_texts(engine, model, tokenizer, [first, second]) == 0
 
 
+class TestPrefetch:
+    def test_the_next_turn_is_brought_into_memory(self, make_engine, model, tokenizer, tmp_path):
+        engine = make_engine(Tiering(20_000, tmp_path, BIG, prefetch=True))
+        (whole, *others) = make_turns(10)
+        turn = make_request("turn", whole.prompt_ids[:17], max_tokens=1)
+        again = make_request("again", whole.prompt_ids, max_tokens=1)
+        check_texts(engine, model, tokenizer, [turn, whole])
+        # They take the memory of both tiers above the disk.
+        check_texts(engine, model, tokenizer, others)
+        assert engine.stats().tier_prefetched == 0
+        check_texts(engine, model, tokenizer, [turn])
+        until(lambda: engine.stats().tier_prefetched == 2)
+        from_disk = engine.stats().tier_disk_hits
+        assert check_texts(engine, model, tokenizer, [again]) == 48
+        stats = engine.stats()
+        assert (stats.tier_prefetched, stats.tier_prefetch_hits) == (2, 2)
+        assert stats.tier_disk_hits == from_disk
+
+    def test_a_wrong_guess_costs_no_text(self, make_engine, model, tokenizer, tmp_path):
+        engine = make_engine(Tiering(20_000, tmp_path, BIG, prefetch=True))
+        (whole, *others) = make_turns(11)
+        turn = make_request("turn", whole.prompt_ids[:17], max_tokens=1)
+        other = make_request("other", [*whole.prompt_ids[:16], *others[0].prompt_ids[:30]], max_tokens=1)
+        check_texts(engine, model, tokenizer, [turn, whole, *others, turn])
+        until(lambda: engine.stats().tier_prefetched == 2)
+        check_texts(engine, model, tokenizer, [other])
+        assert engine.stats().tier_prefetch_hits == 0
+
+
+class TestSuccessors:
+    def test_what_followed_most_often_is_predicted(self):
+        successors = Successors()
+        for chain in ("abcd", "abcd", "abx", "qbcd"):
+            successors.learn(letters(chain))
+        assert successors.predict(b"a") == letters("bcd")
+        assert successors.predict(b"d") == successors.predict(b"z") == []
+
+    def test_nothing_is_predicted_where_all_is_open(self):
+        successors = Successors()
+        for letter in "bcdefgh":
+            successors.learn(letters(f"a{letter}z"))
+        assert successors.predict(b"a") == []
+        assert successors.predict(b"h") == letters("z")
+
+    def test_habits_change(self):
+        successors = Successors()
+        for _ in range(1000):
+            successors.learn(letters("ab"))
+        for _ in range(20):
+            successors.learn(letters("ac"))
+        assert successors.predict(b"a") == letters("c")
+
+    def test_it_is_bounded(self):
+        successors = Successors(max_blocks=100)
+        chain = [number.to_bytes(2) for number in range(1000)]
+        successors.learn(chain)
+        assert successors.predict(chain[500]) == []
+        assert successors.predict(chain[-50]) == chain[-49 : -49 + MAX_PREDICTED]
+        assert all(successors.predict(before)[0] == after for before, after in pairwise(chain[-100:]))
+
+
+def letters(text):
+    return [letter.encode() for letter in text]
+
+
 class TestDisk:
     def test_it_survives_a_restart_for_the_same_model_only(self, make_engine, model, tokenizer, tmp_path):
         requests = make_turns(3)
@@ -124,20 +218,13 @@ class TestDisk:
         assert os.stat(tmp_path / "tier").st_mode & 0o777 == 0o700
         assert all(os.stat(path).st_mode & 0o777 == 0o600 for path in (tmp_path / "tier").iterdir())
 
-    @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "directory"])
+    @pytest.mark.parametrize("damage", DAMAGES)
     def test_damaged_files_are_misses(self, make_engine, model, tokenizer, tmp_path, damage):
         requests = make_turns(4)
         writer = make_engine(Tiering(0, tmp_path, BIG))
         check_texts(writer, model, tokenizer, requests)
         writer.close()
-        for path in tmp_path.iterdir():
-            content = path.read_bytes()
-            if damage == "directory":
-                path.unlink()
-                path.mkdir()
-                continue
-            flipped = content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
-            path.write_bytes({"flip": flipped, "cut": content[: len(content) // 2], "empty": b""}[damage])
+        spoil(tmp_path, damage)
         engine = make_engine(Tiering(0, tmp_path, BIG))
         assert check_texts(engine, model, tokenizer, requests) == 0
         assert engine.stats().tier_damaged + engine.stats().tier_errors >= 5
@@ -149,15 +236,50 @@ class TestDisk:
         assert check_texts(engine, model, tokenizer, requests) == 0
         assert engine.stats().tier_errors > 0
 
-    def test_a_full_disk(self, monkeypatch, tmp_path):
-        tier = DiskTier(tmp_path, BIG)
-        tier.put(b"before", b"kept")
-        # /dev/full answers every write with ENOSPC.
-        monkeypatch.setattr("moe_ray.serving.engine.disk_tier._open_private", open_full)
-        tier.put(b"after", b"x" * 100_000)
-        assert tier.errors == 1
-        assert (tier.get(b"before"), tier.get(b"after")) == (b"kept", None)
-        assert [path.name for path in tmp_path.iterdir()] == [b"before".hex()]
+    def test_a_full_disk(self, make_engine, model, tokenizer, small_disk):
+        engine, before, after = make_engine(Tiering(0, small_disk / "tier", BIG)), make_turns(7), make_turns(8)
+        check_texts(engine, model, tokenizer, before)
+        check_texts(engine, model, tokenizer, before[:1])
+        kept = sorted((small_disk / "tier").iterdir())
+        filler = fill(small_disk)
+        check_texts(engine, model, tokenizer, after)
+        assert check_texts(engine, model, tokenizer, before[:4]) == 4 * 48
+        assert engine.stats().tier_errors > 0
+        assert sorted((small_disk / "tier").iterdir()) == kept
+        filler.unlink()
+        check_texts(engine, model, tokenizer, after)
+        assert check_texts(engine, model, tokenizer, after) == 5 * 48
+
+    def test_files_of_others_are_left_alone(self, tmp_path):
+        (tmp_path / "thesis.txt").write_bytes(bytes(5000))
+        tier = DiskTier(tmp_path, 2000)
+        for number in range(9):
+            tier.put(bytes([number]), bytes(1000))
+        assert (tmp_path / "thesis.txt").stat().st_size == 5000
+        assert tier.get(bytes([8])) == bytes(1000)
+        assert tier.num_bytes <= 2000
+
+    def test_killed_while_it_writes(self, tmp_path):
+        for _ in range(3):
+            writer = subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)])
+            until(lambda: {path.name.startswith(".") for path in scan(tmp_path)} == {True, False})
+            writer.kill()
+            writer.wait()
+            tier = DiskTier(tmp_path, 10 * BIG)
+            read = [tier.get(bytes([number])) for number in range(256)]
+            assert all(data is None or data == bytes([number]) * BIG for number, data in enumerate(read))
+            assert any(read)
+            assert tier.damaged == tier.errors == 0
+        # What was left half written goes once its room is wanted.
+        for number in range(12):
+            tier.put(bytes([number]), bytes(BIG - number))
+        assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+    def test_another_process_finds_what_was_computed(self, make_engine, model, tokenizer, tmp_path):
+        command = [sys.executable, "-c", _COMPUTER, str(tmp_path)]
+        subprocess.run(command, check=True, cwd=Path(__file__).parent.parent)
+        engine, requests = make_engine(Tiering(0, tmp_path, BIG)), make_turns(9)
+        assert check_texts(engine, model, tokenizer, requests) == 5 * 48
 
     def test_two_replicas_share_a_folder(self, make_engine, model, tokenizer, tmp_path):
         one, other = (make_engine(Tiering(0, tmp_path, BIG)) for _ in range(2))
@@ -170,7 +292,7 @@ class TestDisk:
         tier = DiskTier(tmp_path, 10_000)
         for number in range(9):
             tier.put(bytes([number]), bytes(1000))
-            os.utime(tmp_path / bytes([number]).hex(), (number, number))
+            os.utime(tmp_path / f"{bytes([number]).hex()}.tier", (number, number))
         assert tier.get(bytes([0])) == bytes(1000)
         tier.put(bytes([9]), bytes(1000))
         kept = {number for number in range(10) if bytes([number]) in tier}
@@ -178,9 +300,9 @@ class TestDisk:
         assert 1 not in kept
 
 
-def open_full(path, flags):
-    os.close(os.open(path, flags, 0o600))
-    return os.open("/dev/full", os.O_WRONLY)
+def scan(folder):
+    """The files of a folder, of which some may go meanwhile."""
+    return list(folder.iterdir())
 
 
 def test_blocks_of_every_type_are_read_as_they_were_written(make_engine):

@@ -11,12 +11,15 @@ from starlette.types import Receive, Scope, Send
 
 from moe_ray.errors import RequestError
 from moe_ray.serving.engine.request import Chunk, Tokenizer
+from moe_ray.serving.engine.responses import CachedStream
 from moe_ray.serving.engine.thread import Stream
 from moe_ray.serving.openai import chat, completions
 from moe_ray.serving.openai.base import to_json, usage
 from moe_ray.serving.openai.errors import error_body
 from moe_ray.serving.openai.sampling import score
 from moe_ray.serving.usage import current_usage
+
+AnyStream = Stream | CachedStream
 
 
 class Wire(Protocol):
@@ -107,7 +110,7 @@ class Exchange:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
-    async def collect(self, stream: Stream | None) -> Response:
+    async def collect(self, stream: AnyStream | None) -> Response:
         """The whole answer."""
         texts: dict[int, list[Chunk]] = {}
         async for index, chunk in self._chunks(stream):
@@ -117,29 +120,29 @@ class Exchange:
         ]
         choices = [self.wire.choice(index, chunks) for index, chunks in enumerate(chosen)]
         body = self._body(choices, is_event=False)
-        body["usage"] = self._usage({index: chunks[-1].num_tokens for index, chunks in texts.items()})
+        body["usage"] = self._usage({index: chunks[-1] for index, chunks in texts.items()})
         return Response(to_json(body), media_type="application/json")
 
-    def stream(self, stream: Stream | None) -> Response:
+    def stream(self, stream: AnyStream | None) -> Response:
         """The answer as server-sent events."""
         return _EventStream(stream, self._events(stream))
 
-    async def _events(self, stream: Stream | None) -> AsyncIterator[bytes]:
-        num_tokens: dict[int, int] = {}
+    async def _events(self, stream: AnyStream | None) -> AsyncIterator[bytes]:
+        last: dict[int, Chunk] = {}
         try:
             async for index, chunk in self._chunks(stream):
-                for piece in self.wire.pieces(index, chunk, is_first=index not in num_tokens):
+                for piece in self.wire.pieces(index, chunk, is_first=index not in last):
                     yield _event(to_json(self._body([piece], is_event=True)))
-                num_tokens[index] = chunk.num_tokens
+                last[index] = chunk
         except RequestError as error:
             yield _event(to_json(error_body(error)))
             return
         if self.sends_usage:
-            body = self._body([], is_event=True) | {"usage": self._usage(num_tokens)}
+            body = self._body([], is_event=True) | {"usage": self._usage(last)}
             yield _event(to_json(body))
         yield _event(b"[DONE]")
 
-    async def _chunks(self, stream: Stream | None) -> AsyncIterator[tuple[int, Chunk]]:
+    async def _chunks(self, stream: AnyStream | None) -> AsyncIterator[tuple[int, Chunk]]:
         for index, echo in enumerate(self.echoes):
             yield index, echo
         if stream is not None:
@@ -161,8 +164,13 @@ class Exchange:
 
         return sorted(candidates, key=rank)[: self.choices]
 
-    def _usage(self, num_tokens: dict[int, int]) -> dict[str, int]:
-        return usage(self.prompt_tokens, sum(num_tokens.values()))
+    def _usage(self, last: dict[int, Chunk]) -> dict[str, Any]:
+        # A prompt counts once, and what one text of it computed was not cached for the others.
+        cached = sum(
+            min(last[index].num_cached for index in range(prompt, prompt + self.candidates))
+            for prompt in range(0, len(last), self.candidates)
+        )
+        return usage(self.prompt_tokens, sum(chunk.num_tokens for chunk in last.values()), cached)
 
     def _body(self, choices: list[dict[str, Any]], is_event: bool) -> dict[str, Any]:
         return {
@@ -187,7 +195,7 @@ def _event(data: bytes) -> bytes:
 class _EventStream(StreamingResponse):
     """Drops the requests of its stream however it ends, even if it never began."""
 
-    def __init__(self, stream: Stream | None, events: AsyncIterator[bytes]) -> None:
+    def __init__(self, stream: AnyStream | None, events: AsyncIterator[bytes]) -> None:
         super().__init__(events, media_type="text/event-stream")
         self.headers["cache-control"] = "no-cache"
         self._stream = stream

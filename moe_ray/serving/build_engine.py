@@ -1,5 +1,6 @@
 """An engine for a loaded model, as the settings of an endpoint say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from moe_ray.checkpoint.inference import InferenceModel
@@ -7,7 +8,9 @@ from moe_ray.config import ServeConfig
 from moe_ray.models.quantize import quantize_experts
 from moe_ray.serving.engine.cache import FREE_SHARE
 from moe_ray.serving.engine.engine import Engine
-from moe_ray.serving.engine.tiers import Tiering
+from moe_ray.serving.engine.responses import ResponseCache
+from moe_ray.serving.engine.thread import EngineThread
+from moe_ray.serving.engine.tier_store import Tiering
 
 
 def build_engine(model: InferenceModel, config: ServeConfig, max_context: int) -> Engine:
@@ -27,20 +30,29 @@ def build_engine(model: InferenceModel, config: ServeConfig, max_context: int) -
         max_context=max_context,
         kv_cache_bytes=config.kv_cache_bytes,
         free_share=FREE_SHARE / sharers,
-        tiering=_tiering(config),
-        identity=f"{_identity(model.path)} {config.quantize}",
+        tiering=replace(
+            _tiering(config.prefix_memory_bytes, config.prefix_folder, config.prefix_disk_bytes),
+            prefetch=config.prefix_prefetch,
+        ),
+        identity=_identity(model.path, config),
         runner=config.runner,
     )
 
 
-def _tiering(config: ServeConfig) -> Tiering | None:
-    if not config.prefix_memory_bytes and config.prefix_folder is None:
+def build_response_cache(thread: EngineThread, model: InferenceModel, config: ServeConfig) -> ResponseCache | None:
+    """The cache of finished answers in front of an engine; None if nothing is kept."""
+    tiering = _tiering(config.response_memory_bytes, config.response_folder, config.response_disk_bytes)
+    if not tiering and not config.response_cache_bytes:
         return None
-    folder = None if config.prefix_folder is None else Path(config.prefix_folder).expanduser().resolve()
-    return Tiering(config.prefix_memory_bytes, folder, config.prefix_disk_bytes)
+    identity = f"{_identity(model.path, config)} {config.dtype} {config.runner}"
+    return ResponseCache(thread, config.response_cache_bytes, tiering, identity)
 
 
-def _identity(folder: Path) -> str:
-    """Changes whenever the files of a model do."""
+def _tiering(memory_bytes: int, folder: str | None, disk_bytes: int) -> Tiering:
+    return Tiering(memory_bytes, None if folder is None else Path(folder).expanduser().resolve(), disk_bytes)
+
+
+def _identity(folder: Path, config: ServeConfig) -> str:
+    """Changes whenever the files of a model do, or what becomes of them."""
     files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files])
+    return repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files]) + f" {config.quantize}"

@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +14,8 @@ from starlette.responses import Response
 from moe_ray.checkpoint.inference import InferenceModel
 from moe_ray.config import ServeConfig
 from moe_ray.errors import DataError, RequestError
-from moe_ray.serving.answers import ChatWire, CompletionWire, Exchange
-from moe_ray.serving.build_engine import build_engine
+from moe_ray.serving.answers import AnyStream, ChatWire, CompletionWire, Exchange
+from moe_ray.serving.build_engine import build_engine, build_response_cache
 from moe_ray.serving.chat_template import TEMPLATE_FILE, find_chat_template
 from moe_ray.serving.engine import probe
 from moe_ray.serving.engine.engine import check_faithful
@@ -72,6 +73,7 @@ class CompletionService:
         self.model_body = model_body(model.name, int(model.path.stat().st_mtime))
         engine = build_engine(model, config, self._max_context)
         self._engine = EngineThread(engine, self._max_unfinished)
+        self._responses = build_response_cache(self._engine, model, config)
 
     @property
     def is_ready(self) -> bool:
@@ -80,11 +82,14 @@ class CompletionService:
 
     def stats(self) -> EngineStats:
         """What the engine has done and holds."""
-        return self._engine.stats()
+        stats = self._engine.stats()
+        return replace(stats, **vars(self._responses.stats())) if self._responses else stats
 
     def close(self) -> None:
         """Stop the engine."""
         self._engine.stop()
+        if self._responses:
+            self._responses.close()
         self._compiling.shutdown(cancel_futures=True)
 
     def check_model(self, name: str) -> None:
@@ -187,7 +192,7 @@ class CompletionService:
         return json_response(list_body(request.model, data, sum(map(len, inputs))) | sizes)
 
     async def _answer(self, request: SamplingFields, exchange: Exchange, requests: Sequence[Request]) -> Response:
-        stream = self._engine.submit(requests) if requests else None
+        stream = await self._submit(requests) if requests else None
         current_usage().prompt_tokens = exchange.prompt_tokens
         if request.stream:
             return exchange.stream(stream)
@@ -195,6 +200,9 @@ class CompletionService:
             return await exchange.collect(None)
         async with stream:
             return await exchange.collect(stream)
+
+    async def _submit(self, requests: Sequence[Request]) -> AnyStream:
+        return await self._responses.submit(requests) if self._responses else self._engine.submit(requests)
 
     def _check_count(self, num_prompts: int, num_choices: int) -> None:
         if num_prompts * num_choices > self._max_unfinished:

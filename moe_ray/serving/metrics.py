@@ -21,6 +21,9 @@ _GAUGES = {
     "blocks_known",
     "tier_memory_bytes",
     "tier_disk_bytes",
+    "response_cache_bytes",
+    "response_memory_bytes",
+    "response_disk_bytes",
 }
 NO_KEY = "none"
 

@@ -51,6 +51,10 @@ class BlockPool:
         """Blocks that nobody uses and that hold a known prefix."""
         return len(self._unused_known)
 
+    def __contains__(self, digest: object) -> bool:
+        """Whether a block is known by the digest."""
+        return digest in self._blocks
+
     def find(self, digests: Iterable[bytes]) -> list[int]:
         """Blocks of the leading digests that are known."""
         found = []

@@ -1,8 +1,8 @@
 """Small files in one folder under a byte budget, the least recently used removed first.
 
-The folder may be shared by replicas and outlives them. A file begins with the XXH3 checksum of the rest: one that
-is damaged, or was cut off by a crash, is no more than a miss. No error of the disk leaves this module; they are
-counted.
+The folder may be shared by replicas and outlives them. A file begins with the XXH3 checksum of its digest and the
+rest: one that is damaged, or was cut off by a crash, is no more than a miss. Files of others are left alone. No
+error of the disk leaves this module; they are counted.
 """
 
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import xxhash
 
+_SUFFIX = ".tier"
 _CHECKSUM_BYTES = 16
 # After a scan the folder is this full at most, so that not every write needs one.
 _FILL = 0.9
@@ -23,10 +24,10 @@ class DiskTier:
 
     Args:
         folder: made if needed, for its owner only.
-        budget_bytes: of all files in it.
+        budget_bytes: of all files of tiers in it.
 
     Attributes:
-        num_bytes: of all files, as far as this process knows.
+        num_bytes: of these files, as far as this process knows.
         damaged: files that were removed because of their checksum.
         errors: operations that the disk refused.
     """
@@ -52,9 +53,10 @@ class DiskTier:
         path = self._path(digest)
         try:
             content = path.read_bytes()
-            if content[:_CHECKSUM_BYTES] == xxhash.xxh3_128_digest(content[_CHECKSUM_BYTES:]):
+            checksum, data = content[:_CHECKSUM_BYTES], content[_CHECKSUM_BYTES:]
+            if checksum == _checksum(digest, data):
                 os.utime(path)
-                return content[_CHECKSUM_BYTES:]
+                return data
             self.damaged += 1
             path.unlink()
         except FileNotFoundError:
@@ -71,10 +73,10 @@ class DiskTier:
             self._make_room(size)
         if self.num_bytes + size > self._budget:
             return
-        temporary = self._folder / f".{secrets.token_hex(16)}"
+        temporary = self._folder / f".{secrets.token_hex(16)}{_SUFFIX}"
         try:
             with open(temporary, "xb", opener=_open_private) as file:
-                file.write(xxhash.xxh3_128_digest(data) + data)
+                file.write(_checksum(digest, data) + data)
             temporary.replace(self._path(digest))
             self.num_bytes += size
         except OSError:
@@ -85,7 +87,8 @@ class DiskTier:
         """Look at the folder and remove what was used least recently, until `size` bytes fit."""
         try:
             with os.scandir(self._folder) as entries:
-                stats = [(entry.stat(follow_symlinks=False), entry.path) for entry in entries if entry.is_file()]
+                ours = (entry for entry in entries if entry.name.endswith(_SUFFIX) and entry.is_file())
+                stats = [(entry.stat(follow_symlinks=False), entry.path) for entry in ours]
         except OSError:
             self.errors += 1
             return
@@ -106,7 +109,12 @@ class DiskTier:
             self.errors += 1
 
     def _path(self, digest: bytes) -> Path:
-        return self._folder / digest.hex()
+        return self._folder / f"{digest.hex()}{_SUFFIX}"
+
+
+def _checksum(digest: bytes, data: bytes) -> bytes:
+    # With the digest, as a file may have got the name of another.
+    return xxhash.xxh3_128_digest(digest + data)
 
 
 def _open_private(path: str, flags: int) -> int:

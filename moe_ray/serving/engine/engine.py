@@ -31,7 +31,8 @@ from moe_ray.serving.engine.request import Chunk, Request, Tokenizer
 from moe_ray.serving.engine.sampler import sample
 from moe_ray.serving.engine.scheduler import Scheduler, Span
 from moe_ray.serving.engine.stats import EngineStats
-from moe_ray.serving.engine.tiers import PrefixTiers, Tiering
+from moe_ray.serving.engine.tier_store import Tiering
+from moe_ray.serving.engine.tiers import PrefixTiers
 
 # Long enough to use the matrix units, short enough that running texts pause for tens of milliseconds.
 PREFILL_TOKENS = 256
@@ -40,6 +41,8 @@ PREFILL_TOKENS = 256
 _IDLE_SECONDS = 0.01
 # Blocks in flight at the end, which bounds the memory for their copies.
 _CLOSE_BLOCKS = 64
+# Of what tiers keep; another number whenever blocks are stored otherwise, as disks outlive releases.
+_FORMAT = 1
 
 _logger = logging.getLogger(__name__)
 
@@ -102,7 +105,9 @@ class Engine:
             max_running=max_batch_size,
             max_blocks=max_blocks,
             prefill_tokens=prefill_tokens,
-            root=root_digest(f"{identity} {weight.dtype} {BLOCK_TOKENS} {model.config.model_dump_json()}"),
+            root=root_digest(
+                f"{_FORMAT} {identity} {weight.dtype} {BLOCK_TOKENS} {model.config.model_dump_json()}"
+            ),
         )
         self._cache = KVCache(model.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
         self._runner = make_runner(model, self._cache, runner)
@@ -162,11 +167,7 @@ class Engine:
         self.check(request)
         generation = Generation(request, self._tokenizer)
         self._generations[request.id] = generation
-        unknown = self._scheduler.unknown_prefix(generation.sequence) if self._tiers else []
-        if self._tiers and unknown:
-            self._loading.add(generation)
-            self._tiers.fetch(generation, unknown)
-        else:
+        if not self._look_below(generation):
             self._scheduler.add(generation.sequence)
         self._prompt_tokens += len(request.prompt_ids)
         if request.deadline is not None:
@@ -225,6 +226,17 @@ class Engine:
                 self.cancel(request_id)
                 self._missed_deadlines += 1
         return chunks
+
+    def _look_below(self, generation: Generation) -> bool:
+        """Ask the tiers for the prefix of a request; whether there is anything to wait for."""
+        if not self._tiers:
+            return False
+        unknown = self._scheduler.unknown_prefix(generation.sequence)
+        if unknown:
+            self._loading.add(generation)
+            self._tiers.fetch(generation, unknown)
+        self._tiers.follow(generation.sequence.digests, self._pool)
+        return bool(unknown)
 
     def _add_loaded(self) -> None:
         """Queue the requests whose prefixes have been looked for; waits a little only if nothing else is to do."""

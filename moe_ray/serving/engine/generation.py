@@ -57,7 +57,7 @@ class Generation:
     def fail(self, reason: FinishReason) -> Chunk:
         """End it here, for a reason that is not in its text."""
         self.finish_reason = reason
-        return Chunk(self.request.id, "", (), reason, self._num_tokens)
+        return self._chunk("", ())
 
     def _release(self, text: str) -> Chunk | None:
         if self.finish_reason:
@@ -68,4 +68,8 @@ class Generation:
         done = self.finish_reason is not None and not self._stop_filter.stopped
         ready = [lp for lp in self._logprobs if done or lp.text_offset < self._released_length]
         self._logprobs = self._logprobs[len(ready) :]
-        return Chunk(self.request.id, text, tuple(ready), self.finish_reason, self._num_tokens)
+        return self._chunk(text, tuple(ready))
+
+    def _chunk(self, text: str, logprobs: tuple[TokenLogprob, ...]) -> Chunk:
+        num_cached = max(self.sequence.found, 0)
+        return Chunk(self.request.id, text, logprobs, self.finish_reason, self._num_tokens, num_cached)

@@ -23,9 +23,14 @@ _SHOWN_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Grammar:
-    """A compiled grammar, at its beginning."""
+    """A compiled grammar, at its beginning.
+
+    Attributes:
+        source: what it was compiled from.
+    """
 
     _start: LLMatcher
+    source: str
 
     def matcher(self) -> "Matcher":
         """Follows one text."""
@@ -84,7 +89,7 @@ class GrammarCompiler:
             matcher.compute_bitmask()
         if matcher.is_error():
             raise _refused(matcher.get_error())
-        return Grammar(matcher)
+        return Grammar(matcher, text)
 
 
 def _refused(reason: str) -> RequestError:

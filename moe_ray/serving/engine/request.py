@@ -191,6 +191,7 @@ class Chunk:
         finish_reason: set in the last chunk only: an end-of-text token or stop string, `max_tokens` reached,
             the model failed, the grammar became too complex to follow, or the deadline passed.
         num_tokens: tokens generated so far, an end-of-text token included.
+        num_cached: tokens of the prompt that were known before.
     """
 
     request_id: str
@@ -198,6 +199,7 @@ class Chunk:
     logprobs: tuple[TokenLogprob, ...]
     finish_reason: FinishReason | None
     num_tokens: int
+    num_cached: int = 0
 
 
 def _require(holds: bool, param: str, value: object, allowed: str) -> None:

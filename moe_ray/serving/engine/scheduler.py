@@ -36,7 +36,7 @@ class Sequence:
         row: of the tables; -1 while it waits.
         rank: lower goes first; the scheduler sets it.
         digests: of its leading full blocks, as far as they were needed.
-        is_new: it has never run.
+        found: leading tokens that were known when it first ran; -1: it has not yet.
         loaded: blocks that a tier below the cache had of its prefix, by digest.
     """
 
@@ -48,7 +48,7 @@ class Sequence:
     row: int = -1
     rank: tuple[int, int] = (0, 0)
     digests: list[bytes] = field(default_factory=list)
-    is_new: bool = True
+    found: int = -1
     loaded: dict[bytes, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -227,10 +227,10 @@ class Scheduler:
         self._restore(sequence)
         self._computing.update(sequence.digests[sequence.cached // self._block_tokens :])
         insort(self.running, sequence, key=_rank)
-        if sequence.is_new:
+        if sequence.found < 0:
+            sequence.found = sequence.cached
             self.prefix_tokens += len(sequence.tokens)
-            self.prefix_hit_tokens += sequence.cached
-            sequence.is_new = False
+            self.prefix_hit_tokens += sequence.found
 
     def _restore(self, sequence: Sequence) -> None:
         """Take what was loaded after the blocks that were found."""

@@ -9,6 +9,8 @@ class TierStats:
 
     Attributes:
         tier_memory_hits, tier_disk_hits, tier_misses: blocks that new prompts asked for, by where they were.
+        tier_prefetched, tier_prefetch_hits: blocks that went from disk to memory before they were asked for, and
+            those of them that were.
         tier_memory_bytes, tier_disk_bytes: in each tier, compressed.
         tier_dropped: blocks that were not kept because too many waited.
         tier_damaged: files that were removed because of their checksum.
@@ -18,6 +20,8 @@ class TierStats:
     tier_memory_hits: int = 0
     tier_disk_hits: int = 0
     tier_misses: int = 0
+    tier_prefetched: int = 0
+    tier_prefetch_hits: int = 0
     tier_memory_bytes: int = 0
     tier_disk_bytes: int = 0
     tier_dropped: int = 0
@@ -26,7 +30,32 @@ class TierStats:
 
 
 @dataclass(frozen=True)
-class EngineStats(TierStats):
+class ResponseStats:
+    """Of the cache of finished answers; bytes are held now, all else counts from the start.
+
+    Attributes:
+        response_cache_hits, response_memory_hits, response_disk_hits, response_misses: texts that the same answer
+            may be given for, by where it was.
+        response_cache_bytes, response_memory_bytes, response_disk_bytes: in each tier.
+        response_dropped: answers that were not kept below the first tier because too many waited.
+        response_damaged: files that were removed because of their checksum.
+        response_errors: operations that the disk refused.
+    """
+
+    response_cache_hits: int = 0
+    response_memory_hits: int = 0
+    response_disk_hits: int = 0
+    response_misses: int = 0
+    response_cache_bytes: int = 0
+    response_memory_bytes: int = 0
+    response_disk_bytes: int = 0
+    response_dropped: int = 0
+    response_damaged: int = 0
+    response_errors: int = 0
+
+
+@dataclass(frozen=True)
+class EngineStats(ResponseStats, TierStats):
     """A snapshot between two steps; the last seven count from the start of the engine.
 
     Attributes:

@@ -67,14 +67,18 @@ class EngineThread:
         """Whether requests are accepted."""
         return self._accepting and self._thread.is_alive()
 
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise a RequestError (400) if one cannot be served."""
+        for request in requests:
+            self._engine.check(request)
+
     def submit(self, requests: Sequence[Request]) -> "Stream":
         """Queue all requests or none; called from a running event loop.
 
         Raises:
             RequestError: one cannot be served (400), or there is no room for all (503).
         """
-        for request in requests:
-            self._engine.check(request)
+        self.check(requests)
         stream = Stream(self, requests, asyncio.get_running_loop())
         with self._changed:
             if not self._accepting:

@@ -65,12 +65,19 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class PromptTokensDetails(Answer):
+    """Of the tokens of prompts, those that were not computed anew."""
+
+    cached_tokens: int
+
+
 class Usage(Answer):
     """Token counts; an end-of-text token counts as generated."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class PromptUsage(Answer):
@@ -102,10 +109,14 @@ def parse(kind: type[Body], body: Mapping[str, Any]) -> Body:
         _raise_first(kind, error)
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
     """A `Usage`."""
-    total = prompt_tokens + completion_tokens
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
 
 
 def to_json(body: Mapping[str, Any]) -> bytes:
