@@ -1,4 +1,4 @@
-"""A server of the application's routes in a process of its own, run by uvicorn with the options that Serve gives it.
+"""A server of the application's routes in a process of its own, run by uvicorn as Serve runs it.
 
 Run `python benchmarks/local_server.py MODEL PORT [serve.max_batch_size=8 …]`, or use `running` in a program. The
 server ends when its standard input does, and so with the program that started it.
@@ -10,12 +10,12 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import httpx
 import psutil
 import uvicorn
 
@@ -41,7 +41,7 @@ class LocalServer:
 
 
 @contextlib.contextmanager
-def running(model: Path, port: int, log: Path, settings: Sequence[str] = ()) -> Iterator[LocalServer]:
+def running(model: Path, port: int, log: Path, settings: Sequence[str] = ()) -> Generator[LocalServer]:
     """Serve a model until the end of the block.
 
     Args:
@@ -67,8 +67,9 @@ def running(model: Path, port: int, log: Path, settings: Sequence[str] = ()) -> 
 def _await_ready(child: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and child.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/readyz", timeout=5):  # nosec B310
-            return
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{url}/readyz", timeout=5).status_code == 200:
+                return
         time.sleep(0.05)
     raise RuntimeError(f"the server did not start; see {log}")
 

@@ -4,10 +4,10 @@ Run `python benchmarks/soak.py --minutes 30`. A small model is served by a proce
 leave in the middle, give up, send nonsense, embed, ask for routing and for JSON, with short and long prompts.
 `--url` tests an endpoint that runs already; its memory is sampled only with `--pid`.
 
-Every 5 s the server's resident memory, file descriptors, threads and engine are sampled. The exit status is 1 if an
-answer is not as expected, if memory grows by more than MAX_GROWTH after the first five minutes (a sixth of the time
-in shorter runs), or if at the end a request or block is still in use. Growth is the Theil-Sen slope, the median of
-the slopes of all pairs of samples, which single jumps do not move (Theil 1950, Sen 1968).
+Every 5 s the server's resident memory, file descriptors, threads and engine are sampled. The exit status is 1 if
+an answer is not as expected, if memory grows by more than MAX_GROWTH after the first five minutes (a sixth of the
+time in shorter runs), or if at the end a request or block is still in use. Growth is the Theil-Sen slope, the
+median of the slopes of all pairs of samples, which single jumps do not move (Theil 1950, Sen 1968).
 """
 
 import argparse
@@ -100,7 +100,11 @@ def main(arguments: argparse.Namespace) -> int:
             url, process = arguments.url.rstrip("/"), psutil.Process(arguments.pid) if arguments.pid else None
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
-            settings = ["serve.max_batch_size=16", "serve.cpus_per_replica=1", f"serve.audit_log={folder / 'audit'}"]
+            settings = [
+                "serve.max_batch_size=16",
+                "serve.cpus_per_replica=1",
+                f"serve.audit_log={folder / 'audit'}",
+            ]
             model = make_model(folder / "soak")
             server = stack.enter_context(running(model, free_port(20_800), folder / "log", settings))
             url, process = server.url, server.process
@@ -164,7 +168,9 @@ async def _client(soak: Soak, http: httpx.AsyncClient, rng: random.Random, until
 
 async def _ask(soak: Soak, http: httpx.AsyncClient, rng: random.Random, kind: str) -> tuple[int, str]:
     """Send one request; returns status and body. Status 0: the client gave up."""
-    prompt = " ".join(rng.choices("the cat sat on a mat and saw other cats".split(), k=rng.randint(1, 12)))
+    prompt = " ".join(
+        rng.choices(["the", "cat", "sat", "on", "a", "mat", "and", "saw", "other", "cats"], k=rng.randint(1, 12))
+    )
     body: dict[str, Any] = {"model": soak.model, "prompt": prompt, "max_tokens": rng.randint(1, 24)}
     path = "/v1/completions"
     if kind == "long":
@@ -176,7 +182,9 @@ async def _ask(soak: Soak, http: httpx.AsyncClient, rng: random.Random, kind: st
             form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
             body |= {"response_format": form, "max_tokens": 60}
     elif kind in ("stream", "left"):
-        return await _stream(http, body | {"stream": True, "max_tokens": 60}, rng.randint(0, 9) if kind == "left" else None)
+        return await _stream(
+            http, body | {"stream": True, "max_tokens": 60}, rng.randint(0, 9) if kind == "left" else None
+        )
     elif kind == "given up":
         try:
             answer = await http.post(path, json=body | {"max_tokens": 90, "n": 2}, timeout=rng.uniform(0.001, 0.2))
@@ -232,8 +240,8 @@ async def _watch(soak: Soak, http: httpx.AsyncClient, began: float, until: float
         s = soak.samples[-1]
         if s.seconds >= 60 * minute:
             print(
-                f"| {minute} | {soak.counts.total()} | {s.rss_mib:.1f} | {s.fds} | {s.threads} | {s.running:.0f} | "
-                f"{s.waiting:.0f} | {s.blocks_used:.0f} | {s.generated_tokens:.0f} |",
+                f"| {minute} | {soak.counts.total()} | {s.rss_mib:.1f} | {s.fds} | {s.threads} | "
+                f"{s.running:.0f} | {s.waiting:.0f} | {s.blocks_used:.0f} | {s.generated_tokens:.0f} |",
                 flush=True,
             )
             minute += 1
@@ -243,7 +251,9 @@ async def _watch(soak: Soak, http: httpx.AsyncClient, began: float, until: float
 async def _sample(soak: Soak, http: httpx.AsyncClient, began: float) -> Sample:
     """Of an endpoint of several replicas, the engine of the one that happens to answer."""
     families = text_string_to_metric_families((await http.get("/metrics")).text)
-    found = {sample.name.removeprefix("moe_serve_"): sample.value for family in families for sample in family.samples}
+    found = {
+        sample.name.removeprefix("moe_serve_"): sample.value for family in families for sample in family.samples
+    }
     process = soak.process
     return Sample(
         seconds=time.monotonic() - began,
