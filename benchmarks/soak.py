@@ -142,7 +142,8 @@ async def run(soak: Soak, headers: dict[str, str], seconds: float, clients: int,
         began = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for number in range(clients):
-                group.create_task(_client(soak, http, random.Random(f"{seed} {number}"), began + seconds))  # nosec B311
+                rng = random.Random(f"{seed} {number}")  # nosec B311
+                group.create_task(_client(soak, http, rng, began + seconds))
             group.create_task(_watch(soak, http, began, began + seconds))
         for _ in range(int(QUIET_SECONDS)):
             soak.samples.append(await _sample(soak, http, began))
