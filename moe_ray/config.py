@@ -245,6 +245,7 @@ class ServeConfig(Section):
     )
     response_disk_bytes: NonNegativeInt = Field(2**28, description="most bytes in response_folder")
     max_body_bytes: PositiveInt = Field(4_000_000, description="largest request body")
+    max_body_seconds: PositiveFloat = Field(60.0, description="seconds that a request body may take to arrive")
     api_keys_file: str | None = Field(
         None, description="file of hashed API keys on every node; without it and MOE_RAY_API_KEYS anybody may ask"
     )

@@ -1,5 +1,6 @@
 """The HTTP routes. Every answer that is no success has OpenAI's error body."""
 
+import asyncio
 import json
 import logging
 from typing import Any, NoReturn
@@ -44,22 +45,22 @@ def make_app(service: CompletionService, access: Access | None = None) -> FastAP
     @app.post("/v1/completions", **describe(CompletionRequest, Completion, Completion))
     async def complete(request: Request) -> Response:
         """Continue a text."""
-        return await service.complete(await read_json(request, service.max_body_bytes))
+        return await service.complete(await read_json(request, service.max_body_bytes, service.max_body_seconds))
 
     @app.post("/v1/chat/completions", **describe(ChatRequest, ChatCompletion, ChatCompletionChunk))
     async def chat(request: Request) -> Response:
         """Answer a conversation."""
-        return await service.chat(await read_json(request, service.max_body_bytes))
+        return await service.chat(await read_json(request, service.max_body_bytes, service.max_body_seconds))
 
     @app.post("/v1/embeddings", **describe(EmbeddingRequest, Embeddings))
     async def embed(request: Request) -> Response:
         """Turn texts into vectors."""
-        return await service.embed(await read_json(request, service.max_body_bytes))
+        return await service.embed(await read_json(request, service.max_body_bytes, service.max_body_seconds))
 
     @app.post("/v1/routing", **describe(RoutingRequest, Routings))
     async def route(request: Request) -> Response:
         """Show which experts each token of a text meets."""
-        return await service.route(await read_json(request, service.max_body_bytes))
+        return await service.route(await read_json(request, service.max_body_bytes, service.max_body_seconds))
 
     document_requests(app, needs_key=bool(access.keys))
     return app
@@ -100,11 +101,12 @@ def _add_health_routes(app: FastAPI, service: CompletionService, metrics: Metric
         return Response(metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
-async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
-    """Read a JSON object, never more than `max_bytes` of it.
+async def read_json(request: Request, max_bytes: int, max_seconds: float) -> dict[str, Any]:
+    """Read a JSON object, never more than `max_bytes` of it, nor for longer than `max_seconds`.
 
     Raises:
-        RequestError: the body is too large (413), not declared as JSON (415) or no JSON object (400).
+        RequestError: the body is too large (413), too slow (408), not declared as JSON (415) or no JSON object
+            (400).
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json":
@@ -114,12 +116,18 @@ async def read_json(request: Request, max_bytes: int) -> dict[str, Any]:
     length = request.headers.get("content-length", "")
     body = bytearray()
     if not (length.isascii() and length.isdigit() and int(length[:20]) > max_bytes):
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_bytes:
-                break
-        else:
-            return _decode(bytes(body))
+        try:
+            async with asyncio.timeout(max_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > max_bytes:
+                        break
+                else:
+                    return _decode(bytes(body))
+        except TimeoutError:
+            raise RequestError(
+                f"the body did not come within {max_seconds:g} s.", "send all of it at once.", status=408
+            ) from None
     raise RequestError(f"the body is larger than {max_bytes} bytes.", "send less at a time.", status=413)
 
 

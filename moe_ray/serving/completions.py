@@ -57,6 +57,7 @@ class CompletionService:
     Attributes:
         model_body: its entry in `/v1/models`.
         max_body_bytes: largest request body.
+        max_body_seconds: longest time that one may take to come.
     """
 
     def __init__(self, model: InferenceModel, config: ServeConfig) -> None:
@@ -70,6 +71,7 @@ class CompletionService:
         self._max_unfinished = config.max_batch_size + config.max_queued_requests
         self._compiling = ThreadPoolExecutor(1, "grammar")
         self.max_body_bytes = config.max_body_bytes
+        self.max_body_seconds = config.max_body_seconds
         self.model_body = model_body(model.name, int(model.path.stat().st_mtime))
         engine = build_engine(model, config, self._max_context)
         self._engine = EngineThread(engine, self._max_unfinished)
@@ -111,9 +113,9 @@ class CompletionService:
         """
         request = parse_completion_request(body)
         self.check_model(request.model)
-        current_usage().prompt = request.prompt
         candidates = max(request.n, request.best_of or 0)
         texts = parse_prompts(request.prompt)
+        current_usage().prompt = request.prompt
         self._check_count(len(texts), candidates)
         prompts = [self._encode(text, "prompt") for text in texts]
         # The best are chosen by their log-probabilities.
@@ -233,8 +235,8 @@ class CompletionService:
 
     def _inputs(self, request: EmbeddingRequest | RoutingRequest) -> list[tuple[int, ...]]:
         self.check_model(request.model)
-        current_usage().prompt = request.input
         texts = parse_prompts(request.input, "input")
+        current_usage().prompt = request.input
         if len(texts) > MAX_INPUTS:
             raise RequestError(f"the input has {len(texts)} texts.", f"send at most {MAX_INPUTS}.", param="input")
         inputs = []

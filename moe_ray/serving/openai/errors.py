@@ -11,6 +11,7 @@ STATUSES = {
     401: "The API key is missing or wrong.",
     404: "There is no such model or route.",
     405: "The route has another method.",
+    408: "The body did not come in time.",
     413: "The body is too large.",
     415: "The body is not declared as JSON.",
     429: "The API key has used up a limit; Retry-After says when to come back.",
@@ -22,7 +23,7 @@ STATUSES = {
 # timeout.
 ANY = (400, 500)
 GUARDED = (*ANY, 401, 429)
-ENGINE = (*GUARDED, 404, 413, 415, 503)
+ENGINE = (*GUARDED, 404, 408, 413, 415, 503)
 GENERATING = (*ENGINE, 504)
 
 
