@@ -56,6 +56,8 @@ class CompletionService:
     Attributes:
         model_body: its entry in `/v1/models`.
         max_body_bytes: largest request body.
+        step: optimizer steps behind the weights.
+        architecture: settings of the model.
     """
 
     def __init__(self, model: InferenceModel, config: ServeConfig) -> None:
@@ -69,7 +71,9 @@ class CompletionService:
         self._max_unfinished = config.max_batch_size + config.max_queued_requests
         self._compiling = ThreadPoolExecutor(1, "grammar")
         self.max_body_bytes = config.max_body_bytes
-        self.model_body = model_body(model.name, int(model.path.stat().st_mtime))
+        self.step = model.step
+        self.architecture = model.config.model
+        self.model_body = model_body(model.name, int(model.path.stat().st_mtime), model.step)
         engine = build_engine(model, config, self._max_context)
         self._engine = EngineThread(engine, self._max_unfinished)
 
