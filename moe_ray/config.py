@@ -260,6 +260,10 @@ class ServeConfig(Section):
         description="what computes tokens: native is C++ for CPUs, compiled at the first start; "
         "auto takes it where there is a compiler and it knows the architecture",
     )
+    follow: bool = Field(
+        False, description="move to each newer good checkpoint of the run without a restart; needs checkpoint=RUN"
+    )
+    follow_poll_seconds: PositiveFloat = Field(5.0, description="time between two looks at a run that is followed")
     allow_unfaithful_routing: bool = Field(
         False, description="generate with a router that routes otherwise token by token than it did in training"
     )

@@ -7,12 +7,14 @@ import difflib
 
 from ray.serve import Application
 
+from moe_ray.checkpoint.catalog import list_steps
 from moe_ray.checkpoint.inference import resolve_source
 from moe_ray.config import ServeConfig, build_config
 from moe_ray.errors import ConfigError
 from moe_ray.serving.api_keys import load_keys
 from moe_ray.serving.deployment import make_application
 from moe_ray.serving.engine.engine import check_faithful
+from moe_ray.storage import open_storage
 
 _KEYS = ["checkpoint", *(f"serve.{field}" for field in ServeConfig.model_fields)]
 
@@ -43,4 +45,11 @@ def build(args: dict[str, str]) -> Application:
     check_faithful(config.model, config.serve.allow_unfaithful_routing)
     # Told here in one line; a replica would be started again and again.
     load_keys(config.serve.api_keys_file)
-    return make_application(str(path), config.serve)
+    if not config.serve.follow:
+        return make_application(str(path), config.serve)
+    run = open_storage(args["checkpoint"])
+    if not list_steps(run):
+        raise ConfigError(
+            f"serve.follow=true needs a run, and {args['checkpoint']!r} is none.", "set checkpoint=RUN."
+        )
+    return make_application(run.uri, config.serve)

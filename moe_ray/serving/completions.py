@@ -58,6 +58,8 @@ class CompletionService:
         model_body: its entry in `/v1/models`.
         max_body_bytes: largest request body.
         max_body_seconds: longest time that one may take to come.
+        step: optimizer steps behind the weights.
+        architecture: settings of the model.
     """
 
     def __init__(self, model: InferenceModel, config: ServeConfig) -> None:
@@ -72,7 +74,9 @@ class CompletionService:
         self._compiling = ThreadPoolExecutor(1, "grammar")
         self.max_body_bytes = config.max_body_bytes
         self.max_body_seconds = config.max_body_seconds
-        self.model_body = model_body(model.name, int(model.path.stat().st_mtime))
+        self.step = model.step
+        self.architecture = model.config.model
+        self.model_body = model_body(model.name, int(model.path.stat().st_mtime), model.step)
         engine = build_engine(model, config, self._max_context)
         self._engine = EngineThread(engine, self._max_unfinished)
         self._responses = build_response_cache(self._engine, model, config)

@@ -11,6 +11,7 @@ from moe_ray.serving.access import open_access
 from moe_ray.serving.app import make_app
 from moe_ray.serving.autoscaling import make_autoscaling_config, max_ongoing_requests
 from moe_ray.serving.completions import CompletionService
+from moe_ray.serving.follow import Follower
 
 # A replica that is taken down first finishes its texts, unless they take longer than this.
 _GRACEFUL_SHUTDOWN_SECONDS = 120
@@ -26,11 +27,22 @@ class LanguageModel:
         self._access = open_access(config, replica, _count_replicas, answers_id=False)
         set_threads(config.cpus_per_replica)
         device = "cuda" if config.gpus_per_replica else "cpu"
-        self._service = CompletionService(load_for_inference(checkpoint, config.dtype, device), config)
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+        def load(source: str) -> CompletionService:
+            return CompletionService(load_for_inference(source, config.dtype, device), config)
+
+        def make(service: CompletionService) -> FastAPI:
+            return make_app(service, self._access)
+
+        if config.follow:
+            self._service = self._app = Follower(checkpoint, load, make, config.follow_poll_seconds)
+        else:
+            self._service = load(checkpoint)
+            self._app = make(self._service)
+
+    def __serve_build_asgi_app__(self) -> FastAPI | Follower:
         """Called by Serve after the constructor."""
-        return make_app(self._service, self._access)
+        return self._app
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""
@@ -51,7 +63,7 @@ def make_application(checkpoint: str, config: ServeConfig) -> Application:
     """The Serve application of a checkpoint.
 
     Args:
-        checkpoint: absolute path that every node can read.
+        checkpoint: absolute path or address that every node can read; of a run if config.follow.
     """
     deploy = serve.deployment(
         name="LanguageModel",

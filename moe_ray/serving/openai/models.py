@@ -12,6 +12,7 @@ class Model(Answer):
     object: Literal["model"]
     created: int
     owned_by: str
+    step: int
 
 
 class ModelList(Answer):
@@ -27,6 +28,6 @@ class Status(Answer):
     status: Literal["ok"]
 
 
-def model_body(name: str, created: int) -> dict[str, Any]:
-    """A `Model`."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "moe_ray"}
+def model_body(name: str, created: int, step: int) -> dict[str, Any]:
+    """A `Model`; `step` says which checkpoint of its run answers, 0 for a Hugging Face folder."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "moe_ray", "step": step}
