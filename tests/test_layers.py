@@ -17,7 +17,7 @@ LAYERS = (
         "moe_ray.config",
         "moe_ray.cpu",
     ),
-    ("moe_ray.models",),
+    ("moe_ray.models", "moe_ray.native"),
     (
         "moe_ray.parallel",
         "moe_ray.data",

@@ -1,6 +1,5 @@
 """The C++ forward pass gives what torch gives, for every architecture it knows and every type of weight."""
 
-import copy
 import os
 import random
 import stat
@@ -121,8 +120,7 @@ def both(model):
     runners = []
     for make in (TorchRunner, NativeRunner):
         cache = KVCache(model.config, 10, BLOCK_TOKENS, model.embed.weight.dtype, torch.device("cpu"))
-        # A copy, since the native one changes how quantized experts multiply.
-        runners.append((make(copy.deepcopy(model), cache), cache))
+        runners.append((make(model, cache), cache))
     with torch.inference_mode():
         for tokens_T, layout in passes(model.config):
             found = []
@@ -178,15 +176,36 @@ class TestForward:
         for one, two in zip(*results, strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=0)
 
-    def test_many_tokens_go_to_torch(self):
-        model = build("plain")
-        cache = KVCache(model.config, 10, BLOCK_TOKENS, torch.float32, torch.device("cpu"))
-        native = NativeRunner(model, cache)
-        tokens_T, layout = torch.arange(100), make_layout_of([(0, 0, 100)], [[1, 2, 3, 4, 5, 6, 7]])
-        with torch.inference_mode():
-            hidden_TD = native.forward(tokens_T, layout)
-            torch.testing.assert_close(hidden_TD, model(tokens_T[None]).hidden_BSD[0])
-            assert native.logits(hidden_TD).shape == (100, 131)
+    @pytest.mark.parametrize(
+        ("variant", "scheme"), [*((v, None) for v in VARIANTS), ("plain", "int8"), ("relu2", "int4")]
+    )
+    def test_of_many_tokens_is_that_of_torch(self, variant, scheme):
+        model, logits = build(variant), []
+        if scheme is not None:
+            quantize_experts(model, scheme)
+        tokens_T = torch.randint(131, (100,), generator=torch.Generator().manual_seed(2))
+        for make in (TorchRunner, NativeRunner):
+            cache = KVCache(model.config, 10, BLOCK_TOKENS, torch.float32, torch.device("cpu"))
+            with torch.inference_mode():
+                runner = make(model, cache)
+                hidden_TD = runner.forward(tokens_T, make_layout_of([(0, 0, 100)], [[1, 2, 3, 4, 5, 6, 7]]))
+                logits.append(runner.logits(hidden_TD))
+        torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=3e-4)
+
+    def test_of_many_tokens_in_bfloat16_rounds_as_torch_does(self):
+        logits = []
+        for dtype, make in (
+            (torch.float32, TorchRunner),
+            (torch.bfloat16, TorchRunner),
+            (torch.bfloat16, NativeRunner),
+        ):
+            model = build("plain", dtype)
+            cache = KVCache(model.config, 10, BLOCK_TOKENS, dtype, torch.device("cpu"))
+            with torch.inference_mode():
+                runner, layout = make(model, cache), make_layout_of([(0, 0, 100)], [[1, 2, 3, 4, 5, 6, 7]])
+                logits.append(runner.logits(runner.forward(torch.arange(100), layout)))
+        errors = [(found - logits[0]).square().mean() for found in logits[1:]]
+        assert 0 < errors[1] < 1.5 * errors[0]
 
 
 class TestEngine:

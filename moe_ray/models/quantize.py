@@ -17,7 +17,6 @@ from moe_ray.errors import ConfigError
 from moe_ray.models.activations import make_activation
 from moe_ray.models.experts import GroupedExperts, grouped_feed_forward
 from moe_ray.models.transformer import Transformer
-from moe_ray.native.matrix import Matrix, as_matrix, multiply
 
 Scheme = Literal["int8", "int4"]
 GROUP = 32
@@ -94,7 +93,6 @@ class QuantizedExperts(nn.Module):
         super().__init__()
         check_quantizable(config, scheme)
         self.activation = make_activation(config)
-        self._native: list[tuple[Matrix, Matrix]] = []
         experts, dim, hidden = config.num_experts, config.dim, config.expert_dim
         width = 2 * hidden if config.is_gated else hidden
         for name, rows, columns in (("w_in", width, dim), ("w_out", dim, hidden)):
@@ -118,33 +116,12 @@ class QuantizedExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, tokens_per_expert_e: Tensor, max_kept_rows: int | None = None) -> Tensor:
         """As `GroupedExperts.forward`, without gradients; only experts that have rows are read."""
-        if self._native:
-            return self._forward_native(x_RD, tokens_per_expert_e)
         chosen_c = tokens_per_expert_e.nonzero().squeeze(1)
         w_in = dequantize(self.w_in_codes_e[chosen_c], self.w_in_scales_e[chosen_c], x_RD.dtype)
         w_out = dequantize(self.w_out_codes_e[chosen_c], self.w_out_scales_e[chosen_c], x_RD.dtype)
         b_in = None if self.b_in_eG is None else self.b_in_eG[chosen_c]
         b_out = None if self.b_out_eD is None else self.b_out_eD[chosen_c]
         return grouped_feed_forward(x_RD, tokens_per_expert_e[chosen_c], w_in, w_out, b_in, b_out, self.activation)
-
-    def use_native(self) -> None:
-        """Multiply by compiled code from now on, with the weights as they lie now."""
-        w_in = map(as_matrix, self.w_in_codes_e, self.w_in_scales_e)
-        w_out = map(as_matrix, self.w_out_codes_e, self.w_out_scales_e)
-        self._native = list(zip(w_in, w_out, strict=True))
-
-    def _forward_native(self, x_RD: Tensor, tokens_per_expert_e: Tensor) -> Tensor:
-        exact, parts = x_RD.dtype == torch.float32, []
-        for index, x_rD in enumerate(x_RD.float().contiguous().split(tokens_per_expert_e.tolist())):
-            if not len(x_rD):
-                continue
-            w_in, w_out = self._native[index]
-            h_rG = multiply(w_in, x_rD, exact)
-            if self.b_in_eG is not None:
-                h_rG += self.b_in_eG[index]
-            y_rD = multiply(w_out, self.activation.forward(h_rG), exact)
-            parts.append(y_rD if self.b_out_eD is None else y_rD + self.b_out_eD[index])
-        return torch.cat(parts).to(x_RD.dtype)
 
 
 def quantize_experts(model: Transformer, scheme: Scheme) -> None:

@@ -1,7 +1,8 @@
-// One forward pass of a Mixture-of-Experts transformer over a few tokens, on a CPU.
+// One forward pass of a Mixture-of-Experts transformer, on a CPU.
 //
-// With few tokens the time goes to reading weights. They are read once, where they lie and as they are stored; all
-// sums are float32. Vectors are the compiler's portable ones, which become whatever the processor has.
+// Weights are read where they lie and as they are stored; all sums are float32. With few tokens the time goes to reading:
+// rows are multiplied as they come, four at a time with up to six tokens. For many tokens that share a weight, rows are
+// transposed and unpacked into panels that stay in the cache. Vectors are the compiler's portable ones, which become whatever the processor has.
 //
 // Shapes: T tokens of the pass, N rows and D columns of a weight, D model dim, H query heads, h key/value heads,
 // g = H / h, C head dim, P tokens of a cache block, E experts, K experts a token, F expert hidden dim, G = 2 * F where
@@ -11,6 +12,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -22,6 +25,7 @@ namespace {
 
 constexpr int W = 16;
 constexpr int AHEAD = 2;  // tiles of rows that are prefetched
+constexpr int64_t MANY = 16;  // tokens for which weights are transposed
 using vec = float __attribute__((vector_size(4 * W)));
 using i32 = int32_t __attribute__((vector_size(4 * W)));
 using u32 = uint32_t __attribute__((vector_size(4 * W)));
@@ -34,6 +38,14 @@ template <class V, class S> inline V load(const S* from) {
     std::memcpy(&value, from, sizeof value);
     return value;
 }
+
+// Loads that cross lines of the cache take twice as long.
+template <class T> struct Aligned : std::allocator<T> {
+    template <class U> struct rebind { using other = Aligned<U>; };
+    T* allocate(size_t count) { return (T*)::operator new(count * sizeof(T), std::align_val_t(64)); }
+    void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t(64)); }
+};
+template <class T> using Buffer = std::vector<T, Aligned<T>>;
 
 inline void store(float* to, vec value) { std::memcpy(to, &value, sizeof value); }
 
@@ -145,10 +157,10 @@ struct TimesFloat32 {
     using Values = vec;
     static constexpr int64_t STEP = W;
     static vec add(vec sums, vec weights, vec values) { return sums + weights * values; }
+    static vec spread(const float* x, int64_t i) { return vec{} + x[i]; }
 };
 
 struct Float32 : TimesFloat32 {
-    static constexpr bool PACKED = false;
     const float* data;
     int64_t columns;
     explicit Float32(const Matrix& m) : data((const float*)m.data), columns(m.columns) {}
@@ -159,7 +171,6 @@ struct Float32 : TimesFloat32 {
 };
 
 struct Bfloat16 : TimesFloat32 {
-    static constexpr bool PACKED = true;
     const uint16_t* data;
     int64_t columns;
     explicit Bfloat16(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
@@ -172,7 +183,6 @@ struct Bfloat16 : TimesFloat32 {
 };
 
 struct Int8 : TimesFloat32 {
-    static constexpr bool PACKED = true;
     const int8_t* data;
     const float* scales;
     int64_t columns;
@@ -186,7 +196,6 @@ struct Int8 : TimesFloat32 {
 };
 
 struct Int4 : TimesFloat32 {
-    static constexpr bool PACKED = true;
     const uint8_t* data;
     const uint16_t* scales;
     int64_t columns;
@@ -212,10 +221,10 @@ struct TimesBfloat16 {
     static vec add(vec sums, __m512bh weights, __m512bh values) {
         return (vec)_mm512_dpbf16_ps((__m512)sums, weights, values);
     }
+    static __m512bh spread(const uint16_t* x, int64_t i) { return (__m512bh)_mm512_set1_epi32(load<int32_t>(x + 2 * i)); }
 };
 
 struct Bfloat16Pairs : TimesBfloat16 {
-    static constexpr bool PACKED = false;
     const uint16_t* data;
     int64_t columns;
     explicit Bfloat16Pairs(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
@@ -226,7 +235,6 @@ struct Bfloat16Pairs : TimesBfloat16 {
 };
 
 struct Int8Pairs : TimesBfloat16 {
-    static constexpr bool PACKED = true;
     const int8_t* data;
     const float* scales;
     int64_t columns;
@@ -244,7 +252,6 @@ struct Int8Pairs : TimesBfloat16 {
 };
 
 struct Int4Pairs : TimesBfloat16 {
-    static constexpr bool PACKED = true;
     const uint8_t* data;
     const uint16_t* scales;
     int64_t columns;
@@ -289,10 +296,9 @@ template <class F> inline void with_rounding(const Matrix& m, F function) {
     }
 }
 
-template <class F> inline void with_weight(const Matrix& m, bool exact, F function) {
-    if (exact) with_exact(m, function);
-    else with_rounding(m, function);
-}
+// Rows are short: without this the hardware begins each anew. Into the second cache: the first has room for little
+// more than the tokens, and half as much comes through it.
+inline void fetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 // R rows of a weight times n tokens; each weight is read once and used n times.
 template <int R, int n, class M, class Emit>
@@ -303,16 +309,17 @@ inline void dot_tile(const M& w, int64_t row, const typename M::Input* const* x,
         typename M::Values weights[R];
         for (int r = 0; r < R; ++r) {
             weights[r] = w.at(row + r, column);
-            // Rows are short: without this the hardware begins each anew.
-            if (t == 0) __builtin_prefetch(w.address(row + AHEAD * R + r, column));
+            if (t == 0) fetch(w.address(row + AHEAD * R + r, column));
         }
         for (int i = 0; i < n; ++i) {
             auto values = load<typename M::Values>(x[t + i] + column);
             for (int r = 0; r < R; ++r) products[i * R + r] = M::add(products[i * R + r], weights[r], values);
         }
     }
-    float totals[W];
-    store(totals, sums<n * R>(products));
+    float totals[(n * R + W - 1) / W * W];
+    constexpr int whole = n * R / W * W;
+    for (int i = 0; i < whole; i += W) store(totals + i, sums<W>(products + i));
+    if constexpr (whole < n * R) store(totals + whole, sums<n * R - whole>(products + whole));
     for (int i = 0; i < n; ++i)
         for (int r = 0; r < R; ++r) {
             float total = totals[i * R + r];
@@ -324,46 +331,79 @@ inline void dot_tile(const M& w, int64_t row, const typename M::Input* const* x,
 template <int R, class M, class Emit>
 inline void dot_rows(const M& w, int64_t row, const typename M::Input* const* x, int64_t T, const Emit& emit) {
     int64_t t = 0;
-    for (; t + 4 <= T; t += 4) dot_tile<R, 4>(w, row, x, t, emit);
+    for (; t + 6 <= T; t += 6) dot_tile<R, 6>(w, row, x, t, emit);
     switch (T - t) {
+        case 5: return dot_tile<R, 5>(w, row, x, t, emit);
+        case 4: return dot_tile<R, 4>(w, row, x, t, emit);
         case 3: return dot_tile<R, 3>(w, row, x, t, emit);
         case 2: return dot_tile<R, 2>(w, row, x, t, emit);
         case 1: return dot_tile<R, 1>(w, row, x, t, emit);
     }
 }
 
-// Rows of a weight as they are multiplied, so that many tokens do not each unpack them again.
-template <class M> struct Unpacked : M {
-    using Values = typename M::Values;
-    const Values* tile;
-    int64_t first;
-    Unpacked(const M& w, const Values* tile, int64_t first) : M(w), tile(tile), first(first) {}
-    Values at(int64_t row, int64_t column) const {
-        return tile[(row - first) * (M::columns / M::STEP) + column / M::STEP];
+// 16 vectors become those of their first lanes, of their second lanes and so on.
+template <int bit, int... lane> inline void transpose(vec* v, std::integer_sequence<int, lane...> lanes) {
+    for (int i = 0; i < W; ++i) {
+        if (i & bit) continue;
+        vec a = v[i], b = v[i | bit];
+        v[i] = __builtin_shufflevector(a, b, (lane & bit ? W + (lane ^ bit) : lane)...);
+        v[i | bit] = __builtin_shufflevector(a, b, (lane & bit ? W + lane : lane ^ bit)...);
     }
-};
+    if constexpr (2 * bit < W) transpose<2 * bit>(v, lanes);
+}
 
-template <int R, class M, class Emit>
-inline void dot_unpacked(const M& w, int64_t row, const typename M::Input* const* x, int64_t T, const Emit& emit) {
-    thread_local std::vector<typename M::Values> tile;
-    int64_t steps = w.columns / M::STEP;
-    tile.resize(R * steps);
-    for (int r = 0; r < R; ++r)
-        for (int64_t i = 0; i < steps; ++i) {
-            tile[r * steps + i] = w.at(row + r, i * M::STEP);
-            __builtin_prefetch(w.address(row + AHEAD * R + r, i * M::STEP));
+constexpr int64_t PANEL = 2 * W;  // rows that many tokens are multiplied with at a time
+
+// The rows [row, row + PANEL) of a weight with 16 rows in a vector, two vectors for each of its columns, or pair of them.
+template <class M> const vec* make_panel(const M& w, int64_t row) {
+    thread_local Buffer<vec> panel;
+    panel.resize(w.columns / M::STEP * PANEL);
+    for (int64_t half = 0; half < 2; ++half)
+        for (int64_t step = 0; step < w.columns / M::STEP; ++step) {
+            vec v[W];
+            for (int64_t r = 0; r < W; ++r) {
+                v[r] = (vec)w.at(row + half * W + r, step * M::STEP);
+                fetch(w.address(row + half * W + r + W, step * M::STEP));
+            }
+            transpose<1>(v, std::make_integer_sequence<int, W>());
+            for (int64_t i = 0; i < W; ++i) panel[(step * W + i) * 2 + half] = v[i];
         }
-    dot_rows<R>(Unpacked<M>(w, tile.data(), row), row, x, T, emit);
+    return panel.data();
+}
+
+template <int n, class M, class Emit>
+inline void panel_tile(const M& w, const vec* panel, int64_t row, const typename M::Input* const* x, int64_t t, const Emit& emit) {
+    vec products[n][2] = {};
+    for (int64_t i = 0; i < w.columns / M::STEP * W; ++i)
+        for (int k = 0; k < n; ++k) {
+            auto values = M::spread(x[t + k], i);
+            for (int half = 0; half < 2; ++half)
+                products[k][half] = M::add(products[k][half], (typename M::Values)panel[2 * i + half], values);
+        }
+    for (int k = 0; k < n; ++k) {
+        float totals[PANEL];
+        for (int half = 0; half < 2; ++half) store(totals + half * W, products[k][half]);
+        for (int64_t r = 0; r < PANEL; ++r) emit(t + k, row + r, totals[r] * w.factor(row + r));
+    }
+}
+
+template <class M, class Emit>
+void dot_panel(const M& w, int64_t row, const typename M::Input* const* x, int64_t T, const Emit& emit) {
+    const vec* panel = make_panel(w, row);
+    int64_t t = 0;
+    for (; t + 12 <= T; t += 12) panel_tile<12>(w, panel, row, x, t, emit);
+    for (; t + 4 <= T; t += 4) panel_tile<4>(w, panel, row, x, t, emit);
+    for (; t < T; ++t) panel_tile<1>(w, panel, row, x, t, emit);
 }
 
 // emit(token, row, row of w . x[token]) for the rows [first, last) and all T tokens.
 template <class M, class Emit>
 void dots(const M& w, int64_t first, int64_t last, const typename M::Input* const* x, int64_t T, const Emit& emit) {
     int64_t row = first;
-    for (; row + 4 <= last; row += 4) {
-        if (M::PACKED && T > 4) dot_unpacked<4>(w, row, x, T, emit);
-        else dot_rows<4>(w, row, x, T, emit);
-    }
+    // Fewer tokens are not worth the transposition.
+    if (T >= MANY && w.columns % M::STEP == 0)
+        for (; row + PANEL <= last; row += PANEL) dot_panel(w, row, x, T, emit);
+    for (; row + 4 <= last; row += 4) dot_rows<4>(w, row, x, T, emit);
     for (; row < last; ++row) dot_rows<1>(w, row, x, T, emit);
 }
 
@@ -378,7 +418,7 @@ template <> struct Rows<float> {
 };
 
 template <> struct Rows<uint16_t> {
-    std::vector<uint16_t> rounded;
+    Buffer<uint16_t> rounded;
     std::vector<const uint16_t*> at;
     Rows(const float* x, int64_t T, int64_t width) : rounded(T * width), at(T) {
         for (int64_t i = 0; i < T * width; ++i) rounded[i] = to_bf16(x[i]);
@@ -389,9 +429,8 @@ template <> struct Rows<uint16_t> {
 constexpr int64_t CHUNK = 32;  // rows that a thread takes at a time
 
 // y = x w^T + bias, or y += that.
-void linear(const Matrix& m, const float* x_TD, int64_t T, const float* bias_N, float* y_TN, bool add, int threads,
-            bool exact = false) {
-    with_weight(m, exact, [&](auto w) {
+void linear(const Matrix& m, const float* x_TD, int64_t T, const float* bias_N, float* y_TN, bool add, int threads) {
+    with_rounding(m, [&](auto w) {
         Rows<typename decltype(w)::Input> x(x_TD, T, m.columns);
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t first = 0; first < m.rows; first += CHUNK)
@@ -477,7 +516,7 @@ void attend(const Model& m, const Layer& layer, const M& keys, const M& values, 
             int64_t end, int64_t head, const float* q_gC, float* o_gC) {
     int64_t C = m.head_dim, P = m.block_tokens, g = m.heads / m.kv_heads, length = end - first;
     int64_t padded = (length + W - 1) / W * W;
-    thread_local std::vector<float> scores;
+    thread_local Buffer<float> scores;
     scores.assign(g * padded, -INFINITY);
     Rows<float> q(q_gC, g, C);
     auto each_block = [&](auto function) {
@@ -529,7 +568,7 @@ void attend(const Model& m, const Layer& layer, const M& keys, const M& values, 
 // x += attention of the normalised rows h.
 void attention(const Model& m, const Layer& layer, const Pass& pass, const float* h_TD, float* x_TD, int threads) {
     int64_t T = pass.num_tokens, C = m.head_dim, q_width = m.heads * C, kv_width = m.kv_heads * C;
-    std::vector<float> q(T * q_width), k(T * kv_width), v(T * kv_width), o(T * q_width);
+    Buffer<float> q(T * q_width), k(T * kv_width), v(T * kv_width), o(T * q_width);
     linear(layer.wq, h_TD, T, layer.bq, q.data(), false, threads);
     linear(layer.wk, h_TD, T, layer.bk, k.data(), false, threads);
     linear(layer.wv, h_TD, T, layer.bv, v.data(), false, threads);
@@ -629,18 +668,22 @@ struct Groups {
 
 // x += weighted outputs of each token's experts for the normalised rows h. Only chosen experts are read.
 void experts(const Model& m, const Layer& layer, const float* h_TD, int64_t T, const std::vector<int32_t>& ids_TK,
-             const std::vector<float>& weights_TK, float* x_TD, int threads) {
+             const Buffer<float>& weights_TK, float* x_TD, int threads) {
     int64_t E = m.num_experts, K = m.top_k, D = m.dim, F = m.expert_dim, G = is_gated(m) ? 2 * F : F;
     Groups groups(ids_TK, E);
     int64_t N = groups.pairs.size();
-    std::vector<float> hidden_NG(N * G), active_NF(N * F);
-    bool exact = m.cache_type == FLOAT32;
+    Buffer<float> hidden_NG(N * G), active_NF(N * F);
+    auto with_weight = [&](const Matrix& weight, auto function) {
+        // Those of a model in bfloat16 need not be exact.
+        if (m.cache_type == BFLOAT16) with_rounding(weight, function);
+        else with_exact(weight, function);
+    };
     // Work in pieces of rows of those experts that were chosen.
     std::vector<std::pair<int64_t, int64_t>> pieces;
     for (int64_t e = 0; e < E; ++e)
         for (int64_t first = 0; first < G && groups.ends[e] < groups.ends[e + 1]; first += CHUNK)
             pieces.emplace_back(e, first);
-    with_weight(layer.w_in, exact, [&](auto w) {
+    with_weight(layer.w_in, [&](auto w) {
         using Input = typename decltype(w)::Input;
         Rows<Input> h(h_TD, T, D);
         std::vector<const Input*> x(N);
@@ -657,7 +700,7 @@ void experts(const Model& m, const Layer& layer, const float* h_TD, int64_t T, c
     });
 #pragma omp parallel for num_threads(threads) schedule(static) if (N > 8)
     for (int64_t i = 0; i < N; ++i) activate(m, &hidden_NG[i * G], F, &active_NF[i * F]);
-    with_weight(layer.w_out, exact, [&](auto w) {
+    with_weight(layer.w_out, [&](auto w) {
         Rows<typename decltype(w)::Input> active(active_NF.data(), N, F);
         // A thread owns columns of the result: several experts add to the same token.
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -676,7 +719,7 @@ void experts(const Model& m, const Layer& layer, const float* h_TD, int64_t T, c
 // x += the dense feed-forward of the normalised rows h, times a gate if there is one.
 void dense(const Model& m, const Layer& layer, const float* h_TD, int64_t T, float* x_TD, int threads) {
     int64_t G = layer.dense_in.rows, F = is_gated(m) ? G / 2 : G;
-    std::vector<float> hidden(T * G), active(T * F);
+    Buffer<float> hidden(T * G), active(T * F);
     linear(layer.dense_in, h_TD, T, nullptr, hidden.data(), false, threads);
     for (int64_t t = 0; t < T; ++t) {
         activate(m, &hidden[t * G], F, &active[t * F]);
@@ -696,7 +739,7 @@ extern "C" {
 void forward(const Model* model, const Pass* pass, float* hidden_TD, int threads) {
     const Model& m = *model;
     int64_t T = pass->num_tokens, D = m.dim;
-    std::vector<float> x(T * D), h(T * D), weights(T * m.top_k);
+    Buffer<float> x(T * D), h(T * D), weights(T * m.top_k);
     std::vector<int32_t> ids(T * m.top_k);
     auto normalise = [&](const float* weight, float* to) {
         for (int64_t t = 0; t < T; ++t) rms_norm(&x[t * D], weight, D, m.norm_eps, to + t * D);
@@ -720,7 +763,7 @@ void forward(const Model* model, const Pass* pass, float* hidden_TD, int threads
 }
 
 // y [T, N] = x [T, D] w^T.
-void multiply(const Matrix* w, const float* x, int64_t num_tokens, float* y, int exact, int threads) {
-    linear(*w, x, num_tokens, nullptr, y, false, threads, exact && w->type != BFLOAT16);
+void multiply(const Matrix* w, const float* x, int64_t num_tokens, float* y, int threads) {
+    linear(*w, x, num_tokens, nullptr, y, false, threads);
 }
 }

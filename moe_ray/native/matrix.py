@@ -35,14 +35,13 @@ def as_matrix(weight: Tensor, scales: Tensor | None = None) -> Matrix:
     return Matrix(weight.data_ptr(), data, rows, columns, TYPES[weight.dtype])
 
 
-def multiply(matrix: Matrix, x_TD: Tensor, exact: bool = True) -> Tensor:
+def multiply(matrix: Matrix, x_TD: Tensor) -> Tensor:
     """y_TN = x W^T in float32.
 
     Args:
-        x_TD: float32, contiguous.
-        exact: otherwise, and by weights in bfloat16, inputs may be rounded to bfloat16.
+        x_TD: float32, contiguous; unless the weight is float32, it may be rounded to bfloat16.
     """
     y_TN = torch.empty(len(x_TD), matrix.rows)
     x, y = c_void_p(x_TD.data_ptr()), c_void_p(y_TN.data_ptr())
-    load().multiply(ctypes.byref(matrix), x, c_int64(len(x_TD)), y, exact, torch.get_num_threads())
+    load().multiply(ctypes.byref(matrix), x, c_int64(len(x_TD)), y, torch.get_num_threads())
     return y_TN

@@ -1,4 +1,4 @@
-"""Few tokens at a time on a CPU: a whole forward pass is one call of the C++ in `moe_ray/native`.
+"""Generation on a CPU: a whole forward pass is one call of the C++ in `moe_ray/native`.
 
 Shapes: T tokens of the pass, D model dim, B rows that get a token, V vocabulary, C head dim.
 """
@@ -23,10 +23,6 @@ from moe_ray.native.build import load
 from moe_ray.native.matrix import TYPES, Matrix, as_matrix, multiply
 from moe_ray.serving.engine.cache import KVCache
 from moe_ray.serving.engine.layout import Layout
-from moe_ray.serving.engine.runner import TorchRunner
-
-# Above as many tokens the matrix units that torch uses win over reading each weight once.
-MAX_TOKENS = 48
 
 _ACTIVATIONS = ("swiglu", "swigluoai", "geglu", "gelu", "relu", "relu2")
 
@@ -83,7 +79,7 @@ def unsupported(model: Transformer) -> str | None:
 
 
 class NativeRunner:
-    """A `Runner`; passes of more than `MAX_TOKENS` tokens go to a `TorchRunner` over the same weights.
+    """A `Runner`.
 
     Weights are used where they lie. Activations are float32 whatever the type of the weights.
     """
@@ -91,7 +87,6 @@ class NativeRunner:
     def __init__(self, model: Transformer, cache: KVCache) -> None:
         self._library = load()
         self._config = model.config
-        self._many = TorchRunner(model, cache)
         # Memory that the structures point to.
         self._kept: list[Any] = []
         layers = [
@@ -104,9 +99,7 @@ class NativeRunner:
         self._head = self._matrix(model.embed.weight if model.head is None else model.head.weight)
 
     def forward(self, tokens_T: Tensor, layout: Layout) -> Tensor:
-        """See `Runner`; of few tokens the result is float32."""
-        if len(tokens_T) > MAX_TOKENS:
-            return self._many.forward(tokens_T, layout)
+        """See `Runner`; the result is float32."""
         cos, sin = rope_cos_sin(layout.position_T[None], self._config)
         inputs = [tokens_T, layout.position_T, layout.slot_T, layout.count_S, layout.tables_SB, cos, sin]
         inputs = [tensor.contiguous() for tensor in inputs]
@@ -119,8 +112,6 @@ class NativeRunner:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """See `Runner`."""
-        if len(hidden_BD) > MAX_TOKENS:
-            return self._many.logits(hidden_BD.to(self._many.dtype))
         return multiply(self._head, hidden_BD.float().contiguous())
 
     def _describe(self, model: Transformer, cache: KVCache) -> Structure:
@@ -187,7 +178,6 @@ class NativeRunner:
         layer.router = self._matrix(router.weight.float())
         layer.router_bias, layer.expert_bias = self._vector(router.bias), self._vector(router.expert_bias_E)
         if isinstance(experts, QuantizedExperts):
-            experts.use_native()
             layer.w_in = self._matrix(experts.w_in_codes_e, experts.w_in_scales_e)
             layer.w_out = self._matrix(experts.w_out_codes_e, experts.w_out_scales_e)
         else:
