@@ -12,6 +12,7 @@ from moe_ray.serving.app import make_app
 from moe_ray.serving.autoscaling import make_autoscaling_config, max_ongoing_requests
 from moe_ray.serving.completions import CompletionService
 from moe_ray.serving.follow import Follower
+from moe_ray.serving.replica_count import ReplicaCount
 
 # A replica that is taken down first finishes its texts, unless they take longer than this.
 _GRACEFUL_SHUTDOWN_SECONDS = 120
@@ -24,7 +25,7 @@ class LanguageModel:
     def __init__(self, checkpoint: str, config: ServeConfig) -> None:
         # Before the model, which takes longer. Serve adds the request id to all answers.
         replica = serve.get_replica_context().replica_tag
-        self._access = open_access(config, replica, _count_replicas, answers_id=False)
+        self._access = open_access(config, replica, ReplicaCount(config.max_replicas), answers_id=False)
         set_threads(config.cpus_per_replica)
         device = "cuda" if config.gpus_per_replica else "cpu"
 
@@ -53,10 +54,6 @@ class LanguageModel:
         """Called by Serve when the replica shuts down."""
         if hasattr(self, "_service"):
             self._service.close()
-
-
-def _count_replicas() -> int:
-    return serve.get_replica_context().world_size
 
 
 def make_application(checkpoint: str, config: ServeConfig) -> Application:

@@ -1,0 +1,39 @@
+"""How many replicas of a deployment run, as its replicas know it."""
+
+import logging
+import threading
+import time
+
+from ray import serve
+from ray.serve.schema import ReplicaState
+
+_SECONDS = 5.0
+_logger = logging.getLogger(__name__)
+
+
+class ReplicaCount:
+    """Asks Serve every few seconds, in a thread: the context of an autoscaled replica always says 1 (Ray 2.60).
+
+    Args:
+        most: what is believed until Serve has answered.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._count = most
+        self._context = serve.get_replica_context()
+        threading.Thread(target=self._watch, name="replica-count", daemon=True).start()
+
+    def __call__(self) -> int:
+        """The replicas that ran at the last look."""
+        return self._count
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(_SECONDS)
+            try:
+                application = serve.status().applications[self._context.app_name]
+                states = application.deployments[self._context.deployment].replica_states
+                self._count = max(states.get(ReplicaState.RUNNING, 0), 1)
+            except Exception as error:
+                # The controller restarts; the last count serves until it is back.
+                _logger.warning("the replicas cannot be counted now: %s", error)
