@@ -115,6 +115,7 @@ def test_requests_go_on_while_checkpoints_appear(tmp_path, monkeypatch, caplog):
             for step in (2, 3, 4):
                 await asyncio.to_thread(save, step)
                 while not await is_taken(client, step):
+                    await asyncio.sleep(0)
                     assert not any(worker.done() for worker in workers)
             done.set()
             await asyncio.gather(*workers)
