@@ -19,12 +19,13 @@ import httpx
 import psutil
 import uvicorn
 
-from moe_ray.checkpoint.inference import load_for_inference, resolve_source
+from moe_ray.checkpoint.inference import resolve_source
 from moe_ray.config import build_config
 from moe_ray.cpu import set_threads
 from moe_ray.serving.access import open_access
 from moe_ray.serving.app import make_app
 from moe_ray.serving.completions import CompletionService
+from moe_ray.serving.load_to_serve import load_to_serve
 
 _START_SECONDS = 120.0
 # As Serve's proxy keeps idle connections.
@@ -90,7 +91,7 @@ def serve(model: str, port: int, settings: list[str]) -> None:
     config = build_config(found.model_dump(mode="json"), settings).serve
     access = open_access(config, "local", lambda: 1)
     set_threads(config.cpus_per_replica)
-    service = CompletionService(load_for_inference(path, config.dtype), config)
+    service = CompletionService(load_to_serve(path, config), config)
     app = make_app(service, access)
     server = uvicorn.Server(
         uvicorn.Config(

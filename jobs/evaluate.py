@@ -1,10 +1,12 @@
 """Print the held-out perplexity of a checkpoint, of the newest good one of a run, or of a Hugging Face folder.
 
 usage: python jobs/evaluate.py RUN_OR_CHECKPOINT_OR_FOLDER [data.sources=...] [data.path=...] [data.FIELD=...]
+           [serve.quantize=int8|int4]
 
 Without overrides, on the validation split of the run. With `data.sources`, on that of other text, cut into the
 model's own tokens; with `data.path` alone, on data that was prepared with them. A Hugging Face folder has no run,
-so that one of the two is needed. Longer windows (`data.sequence_length`) give lower perplexities.
+so that one of the two is needed. Longer windows (`data.sequence_length`) give lower perplexities. With
+`serve.quantize` the experts have weights of 8 or 4 bits, as in an endpoint.
 """
 
 import json
@@ -24,7 +26,8 @@ from moe_ray.telemetry.logs import setup_logging
 from moe_ray.training.held_out import evaluate_checkpoint
 
 _OTHER_TEXT = frozenset({"data.sources", "data.path", "data.text_field", "data.validation_fraction"})
-_ALLOWED = (*sorted(_OTHER_TEXT), "data.sequence_length")
+_QUANTIZE = "serve.quantize"
+_ALLOWED = (*sorted(_OTHER_TEXT), "data.sequence_length", _QUANTIZE)
 
 
 def main(run_or_checkpoint: str, overrides: list[str]) -> None:
@@ -33,7 +36,9 @@ def main(run_or_checkpoint: str, overrides: list[str]) -> None:
     for key in sorted(given - set(_ALLOWED)):
         raise ConfigError(f"{key!r} cannot be set to evaluate.", f"use {', '.join(_ALLOWED)}.")
     keep_freed_memory()
-    checkpoint = load_for_inference(run_or_checkpoint)
+    chosen = [override for override in overrides if override.partition("=")[0].strip() == _QUANTIZE]
+    quantize = build_config({}, chosen).serve.quantize
+    checkpoint = load_for_inference(run_or_checkpoint, quantize=quantize)
     is_other_text = bool(given & _OTHER_TEXT)
     if not checkpoint.data_digest and not is_other_text:
         raise ConfigError(
@@ -46,7 +51,7 @@ def main(run_or_checkpoint: str, overrides: list[str]) -> None:
     length = config.data.sequence_length
     result = evaluate_checkpoint(checkpoint, data_dir, length)
     print(f"checkpoint {checkpoint.path}, step {result['step']}, {result['tokens']:,} held-out tokens", end=", ")
-    print(f"in windows of {length}, {config.train.dtype}")
+    print(f"in windows of {length}, {config.train.dtype}, quantize={quantize}")
     print(f"perplexity {result['val_perplexity']:.1f}, unigram model {result['unigram_perplexity']:.1f}")
     for domain, perplexity in result["val_perplexity_by_domain"].items():
         print(f"  {domain:<16} {perplexity:.1f}")

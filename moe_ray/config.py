@@ -18,6 +18,7 @@ from moe_ray.section import BelowOne, Count, Factor, NonNegativeFloat, NonNegati
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Dtype = Literal["float32", "bfloat16"]
+Quantize = Literal["none", "int8", "int4"]
 
 
 class DataConfig(Section):
@@ -252,8 +253,11 @@ class ServeConfig(Section):
     audit_log: str | None = Field(None, description="file for a JSON line a request, or stderr; default: none")
     audit_prompts: bool = Field(False, description="write prompts into the audit log too")
     dtype: Dtype = Field("float32", description="type of the weights and the KV cache")
-    quantize: Literal["none", "int8", "int4"] = Field(
-        "none", description="experts with weights of 8 or 4 bits; all else keeps dtype"
+    quantize: Quantize = Field("none", description="experts with weights of 8 or 4 bits; all else keeps dtype")
+    weights_folder: str | None = Field(
+        None,
+        description="folder of the files by which replicas of a node share the memory of their weights, private to "
+        'the user; default: moe_ray/weights in XDG_CACHE_HOME or ~/.cache; "": each replica has its own copy',
     )
     runner: Literal["auto", "native", "torch"] = Field(
         "auto",

@@ -10,11 +10,13 @@ import torch
 from moe_ray.checkpoint.catalog import resolve_checkpoint
 from moe_ray.checkpoint.load import load_model
 from moe_ray.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest
-from moe_ray.config import Config, DataConfig, Dtype, build_config
+from moe_ray.checkpoint.packs import Origin, load_shared
+from moe_ray.config import Config, DataConfig, Dtype, Quantize, build_config
 from moe_ray.data.tokenizer import Tokenizer, load_tokenizer
 from moe_ray.models.hf.config import is_hf_folder
 from moe_ray.models.hf.load import load_weights, open_folder, read_model_config, use_stored_dtypes
 from moe_ray.models.hf.sidecars import read_sidecars, token_ids
+from moe_ray.models.quantize import quantize_experts
 from moe_ray.models.router import Router
 from moe_ray.models.transformer import Transformer, materialize
 
@@ -32,6 +34,7 @@ class InferenceModel:
         path: the checkpoint directory or the folder.
         sidecars: the small files around the weights of a Hugging Face folder, by name, or of the one that the run
             started from.
+        quantize: scheme of the experts' weights.
     """
 
     model: Transformer
@@ -41,6 +44,7 @@ class InferenceModel:
     data_digest: str
     path: Path
     sidecars: Mapping[str, bytes]
+    quantize: Quantize = "none"
 
     @property
     def name(self) -> str:
@@ -49,7 +53,12 @@ class InferenceModel:
 
 
 def load_for_inference(
-    source: str | Path, dtype: Dtype | None = "float32", device: torch.device | str = "cpu"
+    source: str | Path,
+    dtype: Dtype | None = "float32",
+    device: torch.device | str = "cpu",
+    *,
+    quantize: Quantize = "none",
+    packs: Path | None = None,
 ) -> InferenceModel:
     """Load a checkpoint, the newest good one of a run, or a Hugging Face folder.
 
@@ -58,31 +67,29 @@ def load_for_inference(
     Args:
         source: folder of a run, of a checkpoint, or with a config.json and safetensors.
         dtype: of all other weights; None: as they are stored.
+        quantize: weights of the experts in 8 or 4 bits.
+        packs: on a CPU, folder by which processes share the weights, see `checkpoint.packs`; None: they do not.
 
     Raises:
         CheckpointError: there is none, or it is damaged, or its architecture is not supported.
+        ConfigError: the experts cannot be quantized as asked.
     """
     opened = _open(source)
     path, config, manifest = opened.path, opened.config, opened.manifest
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    folder = open_folder(path, model) if manifest is None else None
-    if dtype is not None:
-        _cast(model, getattr(torch, dtype))
-    elif folder is not None:
-        use_stored_dtypes(folder, model)
-    materialize(model, device)
-    for moe in model.moe_modules():
-        moe.router.init_state("")
-    if manifest is not None:
-        load_model(path, manifest, model)
-    elif folder is not None:
-        load_weights(folder, model)
-    model.requires_grad_(False)
+    if packs is None:
+        model = _load(opened, dtype, device, quantize)
+    else:
+        assert dtype is not None
+        assert torch.device(device).type == "cpu"
+        skeleton = _skeleton(config, dtype)
+        if quantize != "none":
+            quantize_experts(skeleton, quantize)
+        origin = Origin(path, f"{dtype} {quantize}")
+        model = load_shared(packs, origin, skeleton, lambda: _load(opened, dtype, device, quantize))
     sidecars = read_sidecars(path)
     tokenizer = load_tokenizer(path / TOKENIZER, opened.eos_id, _stop_ids(sidecars, config.model.vocab_size))
     step, digest = (manifest.step, manifest.data_digest) if manifest is not None else (0, "")
-    return InferenceModel(model.eval(), tokenizer, config, step, digest, path, sidecars)
+    return InferenceModel(model, tokenizer, config, step, digest, path, sidecars, quantize)
 
 
 def resolve_source(source: str | Path) -> tuple[Path, Config]:
@@ -103,6 +110,33 @@ class _Opened:
     config: Config
     manifest: Manifest | None
     eos_id: int | None = None
+
+
+def _skeleton(config: Config, dtype: Dtype | None) -> Transformer:
+    """The model on the meta device."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    if dtype is not None:
+        _cast(model, getattr(torch, dtype))
+    return model
+
+
+def _load(opened: _Opened, dtype: Dtype | None, device: torch.device | str, quantize: Quantize) -> Transformer:
+    """The model with its weights, in memory of its own."""
+    model = _skeleton(opened.config, dtype)
+    folder = open_folder(opened.path, model) if opened.manifest is None else None
+    if dtype is None and folder is not None:
+        use_stored_dtypes(folder, model)
+    materialize(model, device)
+    for moe in model.moe_modules():
+        moe.router.init_state("")
+    if opened.manifest is not None:
+        load_model(opened.path, opened.manifest, model)
+    elif folder is not None:
+        load_weights(folder, model)
+    if quantize != "none":
+        quantize_experts(model, quantize)
+    return model.requires_grad_(False).eval()
 
 
 def _open(source: str | Path) -> _Opened:

@@ -12,6 +12,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from moe_ray.private_folder import private_folder, user_cache
+
 _SOURCE = Path(__file__).with_name("decode.cpp")
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fopenmp")
 _COMPILE_SECONDS = 300
@@ -35,9 +37,9 @@ def load() -> ctypes.CDLL:
     """
     compiler = _find_compiler()
     openmp = _find_openmp()
-    folder = _private_folder()
-    target = folder / f"decode-{_identity(compiler, openmp)}.so"
     try:
+        folder = private_folder(user_cache())
+        target = folder / f"decode-{_identity(compiler, openmp)}.so"
         with (folder / "lock").open("w") as lock:
             # Replicas that start together wait for the one that compiles.
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -66,20 +68,6 @@ def _find_openmp() -> str | None:
         return None
     found = re.search(r"(/\S*libgomp\S*\.so\S*)$", maps.read_text(), re.MULTILINE)
     return found.group(1) if found else None
-
-
-def _private_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(base).expanduser() / "moe_ray"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        stat = folder.stat()
-    except (OSError, RuntimeError) as error:
-        raise NativeUnavailableError(f"the folder {folder} cannot be used: {error}") from error
-    if stat.st_uid != os.getuid() or stat.st_mode & 0o022:
-        # Whoever can write to it could have this process load what they like.
-        raise NativeUnavailableError(f"others can write to {folder}, where compiled code is kept")
-    return folder
 
 
 def _identity(compiler: str, openmp: str | None) -> str:

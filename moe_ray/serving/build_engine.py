@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_ray.checkpoint.inference import InferenceModel
+from moe_ray.checkpoint.packs import files_identity
 from moe_ray.config import ServeConfig
 from moe_ray.models.quantize import quantize_experts
 from moe_ray.serving.engine.cache import FREE_SHARE
@@ -19,7 +20,7 @@ def build_engine(model: InferenceModel, config: ServeConfig, max_context: int) -
     Raises:
         ConfigError: the memory for keys and values holds no text, or quantize or runner cannot be as asked.
     """
-    if config.quantize != "none":
+    if config.quantize != "none" and model.quantize == "none":
         quantize_experts(model.model, config.quantize)
     # As if all replicas were on one node. One that has a whole GPU shares its memory with nobody.
     sharers = 1 if config.gpus_per_replica >= 1 else config.max_replicas
@@ -54,5 +55,4 @@ def _tiering(memory_bytes: int, folder: str | None, disk_bytes: int) -> Tiering:
 
 def _identity(folder: Path, config: ServeConfig) -> str:
     """Changes whenever the files of a model do, or what becomes of them."""
-    files = [(path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()]
-    return repr([(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in files]) + f" {config.quantize}"
+    return f"{files_identity(folder)} {config.quantize}"

@@ -4,7 +4,6 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from moe_ray.checkpoint.inference import load_for_inference
 from moe_ray.config import ServeConfig
 from moe_ray.cpu import set_threads
 from moe_ray.serving.access import open_access
@@ -12,6 +11,7 @@ from moe_ray.serving.app import make_app
 from moe_ray.serving.autoscaling import make_autoscaling_config, max_ongoing_requests
 from moe_ray.serving.completions import CompletionService
 from moe_ray.serving.follow import Follower
+from moe_ray.serving.load_to_serve import load_to_serve
 from moe_ray.serving.replica_count import ReplicaCount
 
 # A replica that is taken down first finishes its texts, unless they take longer than this.
@@ -27,10 +27,9 @@ class LanguageModel:
         replica = serve.get_replica_context().replica_tag
         self._access = open_access(config, replica, ReplicaCount(config.max_replicas), answers_id=False)
         set_threads(config.cpus_per_replica)
-        device = "cuda" if config.gpus_per_replica else "cpu"
 
         def load(source: str) -> CompletionService:
-            return CompletionService(load_for_inference(source, config.dtype, device), config)
+            return CompletionService(load_to_serve(source, config), config)
 
         def make(service: CompletionService) -> FastAPI:
             return make_app(service, self._access)
