@@ -122,7 +122,8 @@ class TestEqual:
         choices, usage = client.ask(**fields)
         generated = client.service.stats().generated_tokens
         again, usage_again = client.ask(**fields)
-        assert again == choices
+        # Equal choices are kept once, though each may have rounded in its own way.
+        assert rounded(again) == rounded(choices)
         assert rounded(again) == rounded(uncached.ask(**fields)[0])
         assert client.service.stats().generated_tokens == generated
         details = usage_again.pop("prompt_tokens_details")
