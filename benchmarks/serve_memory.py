@@ -1,8 +1,8 @@
 """Memory of 1 to 16 replicas of one model on a node: what its weights take in all, beside the size of the model.
 
 Run `python benchmarks/serve_memory.py`; `--quantize int4` and `--dtype` are as in an endpoint, `--private` gives
-each replica a copy of its own. The model has random weights. Replicas are processes that load it and build the engine
-as the deployment does, start together, and generate some tokens.
+each replica a copy of its own. The model has random weights. Replicas are processes that load it and build the
+engine as the deployment does, start together, and generate some tokens.
 
 Memory is proportional set size (PSS): a page that n processes map counts 1/n to each. Weights are the mappings of
 the files that replicas share and, as no mapping says what private memory holds, what a replica's anonymous memory

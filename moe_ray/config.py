@@ -256,8 +256,8 @@ class ServeConfig(Section):
     quantize: Quantize = Field("none", description="experts with weights of 8 or 4 bits; all else keeps dtype")
     weights_folder: str | None = Field(
         None,
-        description="folder of the files by which replicas of a node share the memory of their weights, private to "
-        'the user; default: moe_ray/weights in XDG_CACHE_HOME or ~/.cache; "": each replica has its own copy',
+        description="folder of the files by which replicas of a node share the memory of their weights, private "
+        'to the user; default: moe_ray/weights in XDG_CACHE_HOME or ~/.cache; "": each replica has its own copy',
     )
     runner: Literal["auto", "native", "torch"] = Field(
         "auto",

@@ -16,6 +16,7 @@ LAYERS = (
         "moe_ray.model_config",
         "moe_ray.config",
         "moe_ray.cpu",
+        "moe_ray.private_folder",
     ),
     ("moe_ray.models", "moe_ray.native"),
     (
