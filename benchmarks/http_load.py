@@ -9,6 +9,7 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import cast
 
 _END_OF_CHUNKS = b"0\r\n\r\n"
@@ -57,21 +58,21 @@ async def run_load(port: int, requests: Sequence[bytes], clients: int, seconds: 
 async def _run_client(port: int, turn: Iterator[bytes], end: float, load: Load, tokens: int) -> None:
     loop = asyncio.get_running_loop()
     while time.perf_counter() < end:
-        done = loop.create_future()
+        client = _Client(turn, end, load, tokens, loop.create_future())
         try:
-            await loop.create_connection(lambda: _Client(turn, end, load, tokens, done), "127.0.0.1", port)
+            await loop.create_connection(partial(_same, client), "127.0.0.1", port)
         except OSError as error:
             load.failures.append(str(error))
             await asyncio.sleep(0.1)
         else:
-            await done
+            await client.done
 
 
 class _Client(asyncio.Protocol):
     def __init__(
         self, turn: Iterator[bytes], end: float, load: Load, tokens: int, done: asyncio.Future[None]
     ) -> None:
-        self._turn, self._end, self._load, self._tokens, self._done = turn, end, load, tokens, done
+        self._turn, self._end, self._load, self._tokens, self.done = turn, end, load, tokens, done
         self._is_waiting = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -97,8 +98,8 @@ class _Client(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._is_waiting:
             self._load.failures.append(f"the connection was lost: {exc}")
-        if not self._done.done():
-            self._done.set_result(None)
+        if not self.done.done():
+            self.done.set_result(None)
 
     def _send(self) -> None:
         self._buffer, self._size, self._is_chunked = b"", -1, False
@@ -126,6 +127,10 @@ class _Client(asyncio.Protocol):
             self._send()
         else:
             self._transport.close()
+
+
+def _same(client: _Client) -> _Client:
+    return client
 
 
 def _is_whole(answer: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""What switches Ray Serve's high-throughput ingress on: HAProxy in front of replicas that speak HTTP themselves."""
+"""What switches Ray Serve's fast ingress on: HAProxy in front of replicas that speak HTTP themselves."""
 
 import importlib.util
 import shutil
