@@ -27,8 +27,8 @@ no experts, P_e of experts.
 import math
 from dataclasses import dataclass
 
-from moe_ray.config import Dtype
 from moe_ray.model_config import ModelConfig
+from moe_ray.section import Dtype
 
 _STATE_BYTES = 12
 _ADAMW_BYTES = 28

@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from moe_ray.config import ModelConfig, ServeConfig
+from moe_ray.config import ModelConfig
 from moe_ray.cpu import set_threads
 from moe_ray.data.tokenizer import train_tokenizer
 from moe_ray.models.hf.save import save_folder
 from moe_ray.models.transformer import build_model
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.engine.request import Request, SamplingParams
 
 TARGET = 3.0

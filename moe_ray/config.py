@@ -14,11 +14,20 @@ from pydantic_core import PydanticUndefined
 
 from moe_ray.errors import ConfigError
 from moe_ray.model_config import ModelConfig, divisors
-from moe_ray.section import BelowOne, Count, Factor, NonNegativeFloat, NonNegativeInt, PositiveInt, Section, Width
+from moe_ray.section import (
+    BelowOne,
+    Count,
+    Dtype,
+    Factor,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    Width,
+)
+from moe_ray.serve_config import ServeConfig
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Dtype = Literal["float32", "bfloat16"]
-Quantize = Literal["none", "int8", "int4"]
 
 
 class DataConfig(Section):
@@ -201,87 +210,6 @@ class TelemetryConfig(Section):
     """What the jobs say."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
-
-
-class ServeConfig(Section):
-    """The endpoint and its engine."""
-
-    min_replicas: PositiveInt = Field(2, description="replicas when idle")
-    max_replicas: PositiveInt = Field(16, description="most replicas")
-    target_ongoing_requests: PositiveFloat = Field(4.0, description="requests a replica that autoscaling aims at")
-    cpus_per_replica: PositiveFloat = Field(
-        0.5, description="CPUs reserved by a replica; its threads are at least 1"
-    )
-    gpus_per_replica: NonNegativeFloat = Field(0.0, description="GPUs reserved by a replica")
-    max_batch_size: Width = Field(64, description="requests that one replica decodes together")
-    max_queued_requests: NonNegativeInt = Field(
-        64, description="requests that wait in a replica before it answers 503"
-    )
-    max_context: PositiveInt | None = Field(
-        None, description="longest prompt plus completion; default: the model's"
-    )
-    kv_cache_bytes: PositiveInt | None = Field(
-        None,
-        description="memory of a replica for keys and values; default: max_batch_size full contexts, or less if "
-        "max_replicas of them would take more than half of the node's free memory",
-    )
-    prefix_memory_bytes: NonNegativeInt = Field(
-        0, description="memory of a replica for compressed prefixes that its KV cache has no room for"
-    )
-    prefix_folder: str | None = Field(
-        None, description="local folder where such prefixes outlive a restart; replicas of a node share it"
-    )
-    prefix_disk_bytes: NonNegativeInt = Field(2**30, description="most bytes in prefix_folder")
-    prefix_prefetch: bool = Field(
-        False, description="bring prefixes from disk into memory that followed the same prompt before"
-    )
-    response_cache_bytes: NonNegativeInt = Field(
-        0,
-        description="memory of a replica for finished answers that the same request would get again: "
-        "temperature 0, or a seed",
-    )
-    response_memory_bytes: NonNegativeInt = Field(0, description="memory for compressed ones")
-    response_folder: str | None = Field(
-        None, description="local folder where they outlive a restart; replicas of a node share it"
-    )
-    response_disk_bytes: NonNegativeInt = Field(2**28, description="most bytes in response_folder")
-    max_body_bytes: PositiveInt = Field(4_000_000, description="largest request body")
-    max_body_seconds: PositiveFloat = Field(60.0, description="seconds that a request body may take to arrive")
-    api_keys_file: str | None = Field(
-        None, description="file of hashed API keys on every node; without it and MOE_RAY_API_KEYS anybody may ask"
-    )
-    audit_log: str | None = Field(None, description="file for a JSON line a request, or stderr; default: none")
-    audit_prompts: bool = Field(False, description="write prompts into the audit log too")
-    dtype: Dtype = Field("float32", description="type of the weights and the KV cache")
-    quantize: Quantize = Field("none", description="experts with weights of 8 or 4 bits; all else keeps dtype")
-    weights_folder: str | None = Field(
-        None,
-        description="folder of the files by which replicas of a node share the memory of their weights, private "
-        'to the user; default: moe_ray/weights in XDG_CACHE_HOME or ~/.cache; "": each replica has its own copy',
-    )
-    runner: Literal["auto", "native", "torch"] = Field(
-        "auto",
-        description="what computes tokens: native is C++ for CPUs, compiled at the first start; "
-        "auto takes it where there is a compiler and it knows the architecture",
-    )
-    follow: bool = Field(
-        False, description="move to each newer good checkpoint of the run without a restart; needs checkpoint=RUN"
-    )
-    follow_poll_seconds: PositiveFloat = Field(5.0, description="time between two looks at a run that is followed")
-    allow_unfaithful_routing: bool = Field(
-        False, description="generate with a router that routes otherwise token by token than it did in training"
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.min_replicas > self.max_replicas:
-            raise ConfigError(
-                f"serve.min_replicas={self.min_replicas} is more than serve.max_replicas={self.max_replicas}.",
-                "raise serve.max_replicas or lower serve.min_replicas.",
-            )
-        if self.audit_prompts and self.audit_log is None:
-            raise ConfigError("serve.audit_prompts=true needs an audit log.", "set serve.audit_log too.")
-        return self
 
 
 class Config(Section):

@@ -1,6 +1,6 @@
-"""What all sections of the settings share: the base class and the kinds of numbers."""
+"""What all sections of the settings share: the base class and the kinds of values."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -13,6 +13,8 @@ Count = Annotated[int, Field(gt=0, le=65_536)]
 Width = Annotated[int, Field(gt=0, le=2**20)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Factor = Annotated[float, Field(gt=0, le=2**20)]
+Dtype = Literal["float32", "bfloat16"]
+Quantize = Literal["none", "int8", "int4"]
 
 
 class Section(BaseModel):

@@ -9,8 +9,9 @@ from ray.serve import Application
 
 from moe_ray.checkpoint.catalog import list_steps
 from moe_ray.checkpoint.inference import resolve_source
-from moe_ray.config import ServeConfig, build_config
+from moe_ray.config import build_config
 from moe_ray.errors import ConfigError
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.api_keys import load_keys
 from moe_ray.serving.deployment import make_application
 from moe_ray.serving.engine.engine import check_faithful

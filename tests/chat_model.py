@@ -11,10 +11,11 @@ import torch
 import uvicorn
 
 from moe_ray.checkpoint.inference import InferenceModel, load_for_inference
-from moe_ray.config import ModelConfig, ServeConfig
+from moe_ray.config import ModelConfig
 from moe_ray.data.tokenizer import train_tokenizer
 from moe_ray.models.hf.save import save_folder
 from moe_ray.models.transformer import build_model
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.access import Access
 from moe_ray.serving.app import make_app
 from moe_ray.serving.completions import CompletionService

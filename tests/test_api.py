@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from transformers import AutoTokenizer
 
 from moe_ray.checkpoint.inference import InferenceModel
-from moe_ray.config import ServeConfig
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.openai.chat import ChatCompletion, ChatCompletionChunk
 from moe_ray.serving.openai.completions import Completion
 from moe_ray.serving.openai.embeddings import Embeddings, Routings

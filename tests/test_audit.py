@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from moe_ray.config import ServeConfig
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.access import open_access
 from moe_ray.serving.api_keys import make_key
 from tests.chat_model import NAME, load_chat_model, served, write_chat_folder

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_ray.config import ServeConfig
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.openai.chat import ChatRequest
 from moe_ray.serving.openai.completions import CompletionRequest
 from moe_ray.serving.openai.errors import STATUSES

@@ -12,10 +12,11 @@ from moe_ray.checkpoint.catalog import checkpoint_name, read_manifest
 from moe_ray.checkpoint.inference import load_for_inference
 from moe_ray.checkpoint.manifest import TOKENIZER
 from moe_ray.checkpoint.writer import CheckpointWriter, Origin, Outcome
-from moe_ray.config import CheckpointConfig, Config, ModelConfig, ServeConfig, TrainConfig
+from moe_ray.config import CheckpointConfig, Config, ModelConfig, TrainConfig
 from moe_ray.data.tokenizer import train_tokenizer
 from moe_ray.models.transformer import build_model
 from moe_ray.parallel.mesh import build_mesh
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.app import make_app
 from moe_ray.serving.completions import CompletionService
 from moe_ray.serving.follow import Follower

@@ -7,9 +7,9 @@ import json
 import httpx
 import pytest
 
-from moe_ray.config import ServeConfig
 from moe_ray.models.hf.save import save_folder
 from moe_ray.models.transformer import build_model
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.app import make_app
 from moe_ray.serving.completions import CompletionService
 from moe_ray.serving.engine.request import SamplingParams

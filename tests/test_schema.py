@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 
-from moe_ray.config import ServeConfig
+from moe_ray.serve_config import ServeConfig
 from tests.chat_model import NAME, load_chat_model, served, write_chat_folder
 
 CHECKS: list[Any] = [

@@ -14,10 +14,11 @@ import torch
 
 from jobs.evaluate import main as evaluate
 from moe_ray.checkpoint.inference import load_for_inference
-from moe_ray.config import ModelConfig, ServeConfig, build_config
+from moe_ray.config import ModelConfig, build_config
 from moe_ray.data.tokenizer import train_tokenizer
 from moe_ray.models.hf.save import save_folder
 from moe_ray.models.transformer import build_model
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.completions import CompletionService
 from moe_ray.serving.load_to_serve import load_to_serve
 from tests.hf_folders import CASES, make_folder

@@ -11,7 +11,7 @@ from moe_ray.checkpoint.catalog import resolve_checkpoint
 from moe_ray.checkpoint.load import load_model
 from moe_ray.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest
 from moe_ray.checkpoint.packs import Origin, load_shared
-from moe_ray.config import Config, DataConfig, Dtype, Quantize, build_config
+from moe_ray.config import Config, DataConfig, build_config
 from moe_ray.data.tokenizer import Tokenizer, load_tokenizer
 from moe_ray.models.hf.config import is_hf_folder
 from moe_ray.models.hf.load import load_weights, open_folder, read_model_config, use_stored_dtypes
@@ -19,6 +19,7 @@ from moe_ray.models.hf.sidecars import read_sidecars, token_ids
 from moe_ray.models.quantize import quantize_experts
 from moe_ray.models.router import Router
 from moe_ray.models.transformer import Transformer, materialize
+from moe_ray.section import Dtype, Quantize
 
 
 @dataclass(frozen=True)

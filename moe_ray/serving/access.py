@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moe_ray.config import ServeConfig
 from moe_ray.errors import RequestError
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.api_keys import ApiKey, find_key, load_keys
 from moe_ray.serving.audit import AuditLog
 from moe_ray.serving.metrics import NO_KEY, Metrics

@@ -4,7 +4,7 @@ import warnings
 
 from ray.serve.config import AutoscalingConfig
 
-from moe_ray.config import ServeConfig
+from moe_ray.serve_config import ServeConfig
 
 # Requests that a replica accepts on top of what its engine holds, so that the engine's own refusal, in
 # OpenAI's format, comes before Serve holds requests back.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from moe_ray.checkpoint.inference import InferenceModel
 from moe_ray.checkpoint.packs import files_identity
-from moe_ray.config import ServeConfig
 from moe_ray.models.quantize import quantize_experts
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.engine.cache import FREE_SHARE
 from moe_ray.serving.engine.engine import Engine
 from moe_ray.serving.engine.responses import ResponseCache

@@ -12,8 +12,8 @@ from typing import Any
 from starlette.responses import Response
 
 from moe_ray.checkpoint.inference import InferenceModel
-from moe_ray.config import ServeConfig
 from moe_ray.errors import DataError, RequestError
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.answers import AnyStream, ChatWire, CompletionWire, Exchange
 from moe_ray.serving.build_engine import build_engine, build_response_cache
 from moe_ray.serving.chat_template import TEMPLATE_FILE, find_chat_template

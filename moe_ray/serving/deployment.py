@@ -4,8 +4,8 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from moe_ray.config import ServeConfig
 from moe_ray.cpu import set_threads
+from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.access import open_access
 from moe_ray.serving.app import make_app
 from moe_ray.serving.autoscaling import make_autoscaling_config, max_ongoing_requests

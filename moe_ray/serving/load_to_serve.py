@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from moe_ray.checkpoint.inference import InferenceModel, load_for_inference
-from moe_ray.config import ServeConfig
 from moe_ray.private_folder import user_cache
+from moe_ray.serve_config import ServeConfig
 
 
 def load_to_serve(source: str | Path, config: ServeConfig) -> InferenceModel:

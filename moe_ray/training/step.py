@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_ray.analytics.routing import RoutingSums
-from moe_ray.config import Config, Dtype
+from moe_ray.config import Config
 from moe_ray.data.batches import MicroBatch
 from moe_ray.models.losses import (
     load_balancing_loss,
@@ -26,6 +26,7 @@ from moe_ray.models.transformer import Transformer
 from moe_ray.parallel.fsdp import predict
 from moe_ray.parallel.grads import clip_gradients, reduce_gradients
 from moe_ray.parallel.mesh import Mesh
+from moe_ray.section import Dtype
 from moe_ray.telemetry.clock import PhaseClock
 from moe_ray.training.memory import explain_out_of_memory
 
