@@ -3,13 +3,17 @@
 import asyncio
 import json
 import logging
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NoReturn
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_ray.errors import RequestError
@@ -34,6 +38,7 @@ def make_app(service: CompletionService, access: Access | None = None) -> FastAP
     metrics = Metrics(access.replica, service.stats)
     app = FastAPI(title="moe_ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     # Each goes around those before it.
+    app.add_middleware(Shortcut, routes=app.routes)
     app.add_middleware(Guard, access=access, usage=current_usage)
     app.add_middleware(ErrorBoundary)
     app.add_middleware(Observer, access=access, metrics=metrics)
@@ -164,6 +169,36 @@ async def _answer_http_exception(request: Request, error: HTTPException) -> Resp
     problem = f"{request.method} {request.url.path[:200]}: {error.detail}."
     body = error_body(RequestError(problem, "see /openapi.json for the routes.", status=error.status_code))
     return json_response(body, error.status_code, dict(error.headers or {}))
+
+
+class Shortcut:
+    """Answers POST requests past FastAPI's own layers, which cost more than all of ours together.
+
+    Args:
+        routes: those of the application, which may be added later.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        self._app = app
+        self._routes = routes
+
+    @cached_property
+    def _posts(self) -> dict[str, APIRoute]:
+        routes = [route for route in self._routes if isinstance(route, APIRoute)]
+        return {route.path: route for route in routes if "POST" in route.methods}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the endpoint of the path, or else the application."""
+        route = self._posts.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if route is None:
+            await self._app(scope, receive, send)
+            return
+        scope["route"] = route
+        try:
+            response = await route.endpoint(Request(scope, receive))
+        except RequestError as error:
+            response = error_response(error)
+        await response(scope, receive, send)
 
 
 class ErrorBoundary:

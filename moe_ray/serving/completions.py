@@ -1,8 +1,8 @@
 """Answer requests with a model and its engine."""
 
 import asyncio
+import itertools
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -49,6 +49,9 @@ from moe_ray.serving.usage import current_usage
 _MAX_INPUT_TOKENS = 300_000
 # Experts and weights in one answer, 20 MB of JSON.
 _MAX_ROUTED_PAIRS = 1_000_000
+# Of texts that are not streamed: what they took so far is counted as they come, should the client leave.
+_WHOLE_PIECE_TOKENS = 32
+_request_ids = itertools.count()
 
 
 class CompletionService:
@@ -125,7 +128,7 @@ class CompletionService:
         # The best are chosen by their log-probabilities.
         logprobs = 0 if request.logprobs is None and candidates > request.n else request.logprobs
         params = [request.params(i, max(request.max_tokens, 1), logprobs) for i in range(candidates)]
-        engine_requests = _requests(request, prompts, params)
+        engine_requests = self._requests(request, prompts, params)
         echoes = await self._echoes(request, prompts, candidates) if request.echo else ()
         exchange = Exchange(
             CompletionWire(self._tokenizer, request.logprobs is not None),
@@ -153,7 +156,7 @@ class CompletionService:
             ChatWire(self._tokenizer), request.model, len(prompt), request.n, request.n, request.sends_usage
         )
         try:
-            return await self._answer(request, exchange, _requests(request, [prompt], params))
+            return await self._answer(request, exchange, self._requests(request, [prompt], params))
         except RequestError as error:
             # The engine knows no messages.
             error.param = "messages" if error.param == "prompt" else error.param
@@ -209,6 +212,18 @@ class CompletionService:
 
     async def _submit(self, requests: Sequence[Request]) -> AnyStream:
         return await self._responses.submit(requests) if self._responses else self._engine.submit(requests)
+
+    def _requests(
+        self, request: SamplingFields, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams]
+    ) -> list[Request]:
+        deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        # A kept answer may be streamed later.
+        piece_tokens = 1 if request.stream or self._responses else _WHOLE_PIECE_TOKENS
+        return [
+            Request(str(next(_request_ids)), prompt, param, request.priority, deadline, piece_tokens)
+            for prompt in prompts
+            for param in params
+        ]
 
     def _check_count(self, num_prompts: int, num_choices: int) -> None:
         if num_prompts * num_choices > self._max_unfinished:
@@ -286,10 +301,3 @@ class CompletionService:
     @cached_property
     def _grammars(self) -> GrammarCompiler:
         return GrammarCompiler(self._tokenizer.serialized, self._vocab_size, self._tokenizer.stop_ids)
-
-
-def _requests(
-    request: SamplingFields, prompts: Sequence[tuple[int, ...]], params: Sequence[SamplingParams]
-) -> list[Request]:
-    deadline = None if request.timeout is None else time.monotonic() + request.timeout
-    return [Request(uuid.uuid4().hex, prompt, p, request.priority, deadline) for prompt in prompts for p in params]

@@ -26,6 +26,7 @@ class Generation:
         self._num_tokens = 0
         self._decoded_length = 0
         self._released_length = 0
+        self._gathered = ""
         self._logprobs: list[TokenLogprob] = []
 
     def append(self, choice: Choice) -> Chunk | None:
@@ -62,8 +63,11 @@ class Generation:
     def _release(self, text: str) -> Chunk | None:
         if self.finish_reason:
             text += self._stop_filter.flush()
-        if not text and not self.finish_reason:
+        text = self._gathered + text
+        if not self.finish_reason and (not text or self._num_tokens % self.request.piece_tokens):
+            self._gathered = text
             return None
+        self._gathered = ""
         self._released_length += len(text)
         done = self.finish_reason is not None and not self._stop_filter.stopped
         ready = [lp for lp in self._logprobs if done or lp.text_offset < self._released_length]

@@ -8,6 +8,7 @@ Shapes: B rows, V vocabulary, b a subset of the rows, N most likely tokens.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,18 +39,22 @@ class Row:
     """What the choices of one request depend on beside its logits.
 
     Attributes:
-        generator: advances by one number a token if the temperature is above 0.
         adjustments: what is done to its logits before a choice; None: nothing.
     """
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int] = ()) -> None:
         self.params = params
-        self.generator = torch.Generator()
-        if params.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(params.seed)
         self.adjustments = Adjustments.of(params, prompt_ids)
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Advances by one number a token if the temperature is above 0; made when it is first needed."""
+        generator = torch.Generator()
+        if self.params.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.params.seed)
+        return generator
 
     def accept(self, token_id: int) -> bool:
         """Take note of the chosen token; returns False if the grammar cannot go on with it."""

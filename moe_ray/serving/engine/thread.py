@@ -150,7 +150,7 @@ class EngineThread:
             for call in calls:
                 call.fail(_unavailable("the engine has stopped."))
             for stream in streams:
-                stream.put_threadsafe([_unavailable("the engine has stopped.")])
+                _put_threadsafe(stream.loop, [(stream, _unavailable("the engine has stopped."))])
 
     def _carry_out_commands(self) -> bool:
         """Wait for work; returns False to stop."""
@@ -177,14 +177,16 @@ class EngineThread:
 
     def _deliver(self, chunks: Sequence[Chunk]) -> None:
         self._stats = self._engine.stats()
+        # Each call into an event loop wakes its thread, so all streams of a loop share one.
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Chunk]]] = {}
         with self._changed:
-            by_stream: dict[Stream, list[Chunk | RequestError]] = {}
             for chunk in chunks:
-                by_stream.setdefault(self._streams[chunk.request_id], []).append(chunk)
+                stream = self._streams[chunk.request_id]
+                by_loop.setdefault(stream.loop, []).append((stream, chunk))
                 if chunk.finish_reason is not None:
                     del self._streams[chunk.request_id]
-        for stream, items in by_stream.items():
-            stream.put_threadsafe(items)
+        for loop, items in by_loop.items():
+            _put_threadsafe(loop, items)
 
 
 class Stream:
@@ -192,28 +194,23 @@ class Stream:
 
     Iteration ends after the last chunk of the last request. Leaving the context drops what has not ended.
 
+    Attributes:
+        loop: where it is read.
+
     Raises:
         RequestError: on iteration, the engine stopped (503), the model failed (500) or the deadline passed (504).
     """
 
     def __init__(self, thread: EngineThread, requests: Sequence[Request], loop: asyncio.AbstractEventLoop) -> None:
         self._thread = thread
-        self._loop = loop
+        self.loop = loop
         self._index = {request.id: index for index, request in enumerate(requests)}
         self._unfinished = set(self._index)
         self._queue: asyncio.Queue[Chunk | RequestError] = asyncio.Queue()
 
-    def put_threadsafe(self, items: Sequence[Chunk | RequestError]) -> None:
-        """Called by the engine thread."""
-        try:
-            self._loop.call_soon_threadsafe(self._put, items)
-        except RuntimeError:
-            # The event loop is closed: nobody reads any more.
-            self.cancel()
-
-    def _put(self, items: Sequence[Chunk | RequestError]) -> None:
-        for item in items:
-            self._queue.put_nowait(item)
+    def put(self, item: Chunk | RequestError) -> None:
+        """Called in the loop."""
+        self._queue.put_nowait(item)
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Chunk]]:
         while self._unfinished:
@@ -239,6 +236,19 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.cancel()
+
+
+def _put_threadsafe(loop: asyncio.AbstractEventLoop, items: Sequence[tuple[Stream, Chunk | RequestError]]) -> None:
+    def put() -> None:
+        for stream, item in items:
+            stream.put(item)
+
+    try:
+        loop.call_soon_threadsafe(put)
+    except RuntimeError:
+        # The event loop is closed: nobody reads any more.
+        for stream, _ in items:
+            stream.cancel()
 
 
 def _unavailable(problem: str) -> RequestError:
