@@ -16,15 +16,14 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import uvloop
 from http_load import Load, post, run_load
 
-from cluster import ingress
 from cluster.head import LOOPBACK, free_port
-from cluster.local import LocalCluster
+from cluster.local import LocalCluster, Proxy
 from moe_ray.config import load_config
 from moe_ray.data.tokenizer import Tokenizer, train_tokenizer
 from moe_ray.models.hf.resolve import resolve_model
@@ -44,11 +43,9 @@ def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="http-", dir="/tmp") as name:  # nosec B108
         folder = Path(name)
         tokenizer = make_model(folder / "quickstart")
-        if arguments.proxy == "haproxy":
-            os.environ.update(ingress.high_throughput(folder / "p"))
         cluster = LocalCluster(folder / "cluster")
         try:
-            os.environ.update(cluster.environment(cluster.start(2 * REPLICAS + 2)))
+            os.environ.update(cluster.environment(cluster.start(2 * REPLICAS + 2, arguments.proxy)))
             port = deploy(folder / "quickstart", arguments)
             if arguments.hold:
                 input(f"http://{LOOPBACK}:{port}; Enter goes on ")
@@ -180,8 +177,7 @@ def report(found: dict[str, Any], arguments: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", help="of the model's application, such as serve.dtype=bfloat16")
-    proxy = "haproxy" if ingress.is_available() else "plain"
-    parser.add_argument("--proxy", choices=("haproxy", "plain"), default=proxy)
+    parser.add_argument("--proxy", choices=get_args(Proxy), help="default: HAProxy where there is one")
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=4)

