@@ -38,8 +38,8 @@ def high_throughput(folder: Path, haproxy: Path) -> dict[str, str]:
     """Variables of every process of a cluster, to be set before it starts.
 
     Args:
-        folder: of this cluster alone, for HAProxy's files; its path has at most 33 characters, as Ray makes that of a
-            socket out of it, which has 97.
+        folder: of this cluster alone, for HAProxy's files; its path has at most 33 characters, as Ray makes the
+            path of a socket out of it, which has 97.
         haproxy: its program.
     """
     files = {

@@ -2,7 +2,6 @@
 
 import re
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from moe_ray.serving.audit import AuditLog
 from moe_ray.serving.metrics import NO_KEY, Metrics
 from moe_ray.serving.rate_limit import RateLimiter
 from moe_ray.serving.responses import error_response
-from moe_ray.serving.usage import Usage, begin_usage
+from moe_ray.serving.usage import Usage, begin_usage, new_id
 
 REQUEST_ID = "x-request-id"
 _ALLOWED_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
@@ -71,7 +70,7 @@ class Observer:
         status, first_seconds = "none", None
         given = Headers(scope=scope).get(REQUEST_ID)
         is_good = given is None or _ALLOWED_ID.fullmatch(given) is not None
-        usage = begin_usage(given if given is not None and is_good else uuid.uuid4().hex)
+        usage = begin_usage(given if given is not None and is_good else new_id())
 
         async def watch(message: Message) -> None:
             nonlocal status, first_seconds

@@ -1,7 +1,6 @@
 """From the chunks of an engine to the body or the events of an answer."""
 
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from moe_ray.serving.openai import chat, completions
 from moe_ray.serving.openai.base import to_json, usage
 from moe_ray.serving.openai.errors import error_body
 from moe_ray.serving.openai.sampling import score
-from moe_ray.serving.usage import current_usage
+from moe_ray.serving.usage import current_usage, new_id
 
 AnyStream = Stream | CachedStream
 
@@ -107,7 +106,7 @@ class Exchange:
     choices: int
     sends_usage: bool
     echoes: Sequence[Chunk] = ()
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=new_id)
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def collect(self, stream: AnyStream | None) -> Response:

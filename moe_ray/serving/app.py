@@ -185,7 +185,7 @@ class Shortcut:
     @cached_property
     def _posts(self) -> dict[str, APIRoute]:
         routes = [route for route in self._routes if isinstance(route, APIRoute)]
-        return {route.path: route for route in routes if "POST" in route.methods}
+        return {route.path: route for route in routes if "POST" in (route.methods or ())}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the endpoint of the path, or else the application."""

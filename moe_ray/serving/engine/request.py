@@ -125,8 +125,8 @@ class Request:
         prompt_ids: at least one token.
         priority: requests of a higher one go first and may interrupt those of lower ones.
         deadline: when it ends unfinished, in seconds of the monotonic clock; None: never.
-        piece_tokens: tokens that a piece of its text gathers, but for the last; a text that nobody reads before its
-            end costs less in few pieces.
+        piece_tokens: tokens that a piece of its text gathers, but for the last; what nobody reads before its end
+            costs less in few pieces.
     """
 
     id: str

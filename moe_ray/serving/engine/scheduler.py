@@ -192,10 +192,12 @@ class Scheduler:
                 sequence.blocks.append(block)
 
     def _admit(self) -> None:
+        prompts = [sequence for sequence in self.running if sequence.num_pending > 1]
         while self._waiting:
             sequence = self._waiting[0]
-            outranking = (s.num_pending for s in self.running if s.rank < sequence.rank)
-            if sum(pending for pending in outranking if pending > 1) >= self._prefill_tokens:
+            # Of those that still run: some may be preempted meanwhile.
+            outranking = (s.num_pending for s in prompts if s.rank < sequence.rank and s.row >= 0)
+            if sum(outranking) >= self._prefill_tokens:
                 return
             usable = self._usable_digests(sequence)
             found = self._pool.find(usable)
@@ -205,6 +207,8 @@ class Scheduler:
             if not self._make_room(sequence, found):
                 return
             self._start(self._waiting.pop(0), found)
+            if sequence.num_pending > 1:
+                prompts.append(sequence)
 
     def _make_room(self, sequence: Sequence, found: list[int]) -> bool:
         """Whether a waiting sequence fits, after preempting others of lower priority if that makes it."""
