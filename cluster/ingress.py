@@ -37,9 +37,19 @@ def high_throughput(folder: Path) -> dict[str, str]:
         "DIRECT_INGRESS_MIN_GRPC_PORT": first_grpc,
         "DIRECT_INGRESS_MAX_GRPC_PORT": first_grpc + 1000,
     }
+    resilience = {
+        # A request whose replica died before it answered goes to another one. That is safe: completions change
+        # nothing. HAProxy can repeat only what one of its buffers holds.
+        "RETRY_ON": "conn-failure empty-response",
+        "RETRIES": 5,
+        "TUNE_BUFSIZE": 2**17,
+        # With each change of the replicas a new HAProxy starts, and the old one has this long to end its streams.
+        "HARD_STOP_AFTER_S": 3600,
+    }
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        **{f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in resilience.items()},
         **{f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in files.items()},
         **{f"RAY_SERVE_{name}": str(port) for name, port in ports.items()},
     }

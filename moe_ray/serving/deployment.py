@@ -14,9 +14,6 @@ from moe_ray.serving.follow import Follower
 from moe_ray.serving.load_to_serve import load_to_serve
 from moe_ray.serving.replica_count import ReplicaCount
 
-# A replica that is taken down first finishes its texts, unless they take longer than this.
-_GRACEFUL_SHUTDOWN_SECONDS = 120
-
 
 @serve.ingress()
 class LanguageModel:
@@ -49,6 +46,11 @@ class LanguageModel:
         if not self._service.is_ready:
             raise RuntimeError("the engine has stopped")
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, which hands it to the autoscaling policy."""
+        stats = self._service.stats()
+        return {"requests": float(stats.waiting + stats.running), "queued_tokens": float(stats.queued_tokens)}
+
     def __del__(self) -> None:
         """Called by Serve when the replica shuts down."""
         if hasattr(self, "_service"):
@@ -66,7 +68,7 @@ def make_application(checkpoint: str, config: ServeConfig) -> Application:
         ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
         autoscaling_config=make_autoscaling_config(config),
         max_ongoing_requests=max_ongoing_requests(config),
-        graceful_shutdown_timeout_s=_GRACEFUL_SHUTDOWN_SECONDS,
+        graceful_shutdown_timeout_s=config.drain_seconds,
         health_check_period_s=2,
         health_check_timeout_s=30,
     )
