@@ -106,20 +106,26 @@ def empty_application() -> Any:
 
 def make_requests(port: int, tokenizer: Tokenizer, arguments: argparse.Namespace) -> dict[str, list[bytes]]:
     """What each kind of round sends: texts of as many tokens as asked for, all different."""
-    rng = np.random.default_rng(0)
-    bodies: list[dict[str, Any]] = []
-    while len(bodies) < PROMPTS:
-        prompt = tokenizer.decode(rng.integers(300, tokenizer.vocab_size, arguments.prompt_tokens).tolist())
-        if len(tokenizer.encode(prompt)) == arguments.prompt_tokens:
-            sizes = {"max_tokens": arguments.new_tokens, "ignore_eos": True}
-            sampling = {"temperature": arguments.temperature}
-            bodies.append({"model": "quickstart", "prompt": prompt, **sizes, **sampling})
+    sizes = {"max_tokens": arguments.new_tokens, "ignore_eos": True, "temperature": arguments.temperature}
+    prompts = make_prompts(tokenizer, arguments.prompt_tokens)
+    bodies: list[dict[str, Any]] = [{"model": "quickstart", "prompt": prompt, **sizes} for prompt in prompts]
     paths = {"ours": "/v1/completions", "empty": "/empty", "streamed": "/v1/completions"}
     extra = {"streamed": {"stream": True}}
     return {
         kind: [post(path, port, json.dumps(body | extra.get(kind, {})).encode()) for body in bodies]
         for kind, path in paths.items()
     }
+
+
+def make_prompts(tokenizer: Tokenizer, tokens: int) -> list[str]:
+    """Texts of so many tokens, all different."""
+    rng = np.random.default_rng(0)
+    prompts: list[str] = []
+    while len(prompts) < PROMPTS:
+        prompt = tokenizer.decode(rng.integers(300, tokenizer.vocab_size, tokens).tolist())
+        if len(tokenizer.encode(prompt)) == tokens:
+            prompts.append(prompt)
+    return prompts
 
 
 def measure(port: int, tokenizer: Tokenizer, arguments: argparse.Namespace) -> dict[str, list[Load]]:

@@ -49,6 +49,8 @@ def high_throughput(folder: Path) -> dict[str, str]:
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        # How long a replica that goes away still takes requests: HAProxy hears of it in a second.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
         **{f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in resilience.items()},
         **{f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in files.items()},
         **{f"RAY_SERVE_{name}": str(port) for name, port in ports.items()},

@@ -108,11 +108,10 @@ class EngineThread:
         # Those of lower priority are passed.
         before = sum(other.priority >= stream.priority for other in self._streams.values()) - self._stats.running
         wait = self._pace.seconds(max(before, 0) + 1)
-        allowed = self._max_queue_seconds
-        if deadline is not None:
-            allowed = min(allowed, deadline - time.monotonic())
+        left = math.inf if deadline is None else max(deadline - time.monotonic(), 0.0)
+        allowed = min(self._max_queue_seconds, left)
         if wait > allowed:
-            problem = f"a request that comes now waits for {wait:.0f} s, and {max(allowed, 0):.0f} s are allowed."
+            problem = f"a request that comes now would wait for {wait:.1f} s, and may for {allowed:.1f} s."
             raise _unavailable(problem, wait - allowed)
 
     def cancel(self, request_ids: Sequence[str]) -> None:
