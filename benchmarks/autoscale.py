@@ -1,7 +1,7 @@
 """Replicas under a load that is stepped from 1 to 400 clients and back, and under kills.
 
 Run `python benchmarks/autoscale.py`; `--kill 5` kills a random replica every 5 s. A Ray of its own with logical
-CPUs and HAProxy serves the architecture of the quickstart with random weights, first scaled by Serve's default
+CPUs and HAProxy serves a model smaller than the quickstart's with random weights, first scaled by Serve's default
 policy (ongoing requests) with our options, then by ours. Clients keep their connections, think for a while after
 each answer, and try a failed request again as the `openai` client does. All run on this machine, the load
 included; replicas import torch, so starting 14 of them takes most of its processors for a while.
@@ -38,6 +38,8 @@ from cluster.processes import find_marked
 TARGET_DECISION_SECONDS = 5.0
 POLICIES = ("serve", "ours")
 APPLICATION = "moe_lm"
+# So that two processors carry 400 clients.
+SMALL = ("model.dim=64", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1", "model.expert_dim=64")
 _LOOK_SECONDS = 0.5
 _ROW_SECONDS = 10.0
 
@@ -79,7 +81,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Measure, print the tables and write them as JSON."""
     with tempfile.TemporaryDirectory(prefix="as-", dir="/tmp") as name:  # nosec B108
         folder = Path(name)
-        tokenizer = make_model(folder / "quickstart")
+        tokenizer = make_model(folder / "quickstart", *SMALL)
         if arguments.proxy == "haproxy":
             os.environ.update(ingress.high_throughput(folder / "p"))
         cluster = LocalCluster(folder / "cluster")

@@ -59,10 +59,10 @@ def main(arguments: argparse.Namespace) -> None:
     report(found, arguments)
 
 
-def make_model(folder: Path) -> Tokenizer:
-    """Save the quickstart's model, untrained, as a Hugging Face folder."""
+def make_model(folder: Path, *settings: str) -> Tokenizer:
+    """Save the quickstart's model, untrained and perhaps with other settings, as a Hugging Face folder."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-    config = resolve_model(load_config(str(CONFIG), [])).model
+    config = resolve_model(load_config(str(CONFIG), list(settings))).model
     tokenizer = train_tokenizer(text.splitlines(), config.vocab_size)
     sidecars = {"generation_config.json": json.dumps({"eos_token_id": tokenizer.eos_id}).encode()}
     model = build_model(config, seed=0)
