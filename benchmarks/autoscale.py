@@ -32,7 +32,7 @@ from serve_http import ROOT, make_model, make_prompts
 
 from cluster import ingress
 from cluster.head import LOOPBACK, Head, free_port
-from cluster.local import LocalCluster
+from cluster.local import ClusterError, LocalCluster
 from cluster.processes import find_marked
 
 TARGET_DECISION_SECONDS = 5.0
@@ -144,15 +144,18 @@ async def measure(deployment: Deployment, crowd: Crowd, arguments: argparse.Name
 
     async def watch() -> None:
         while True:
-            wanted, pids = await asyncio.to_thread(deployment.look)
-            looks.append(Look(time.perf_counter() - began, clients, wanted, len(pids)))
+            # A dashboard that has no processor answers late.
+            with suppress(ClusterError):
+                wanted, pids = await asyncio.to_thread(deployment.look)
+                looks.append(Look(time.perf_counter() - began, clients, wanted, len(pids)))
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def kill() -> None:
         rng = random.Random(0)
         while arguments.kill:
             await asyncio.sleep(arguments.kill)
-            await asyncio.to_thread(deployment.kill, rng)
+            with suppress(ClusterError):
+                await asyncio.to_thread(deployment.kill, rng)
 
     tasks = [asyncio.create_task(watch()), asyncio.create_task(kill())]
     for clients, seconds in zip((1, arguments.clients, 1), arguments.seconds, strict=True):

@@ -39,9 +39,10 @@ def high_throughput(folder: Path) -> dict[str, str]:
     }
     resilience = {
         # A request whose replica died before it answered goes to another one. That is safe: completions change
-        # nothing. HAProxy can repeat only what one of its buffers holds.
+        # nothing. Three times, so that one that kills its replica does not kill all. HAProxy can repeat only what
+        # one of its buffers holds.
         "RETRY_ON": "conn-failure empty-response",
-        "RETRIES": 5,
+        "RETRIES": 3,
         "TUNE_BUFSIZE": 2**17,
         # With each change of the replicas a new HAProxy starts, and the old one has this long to end its streams.
         "HARD_STOP_AFTER_S": 3600,
