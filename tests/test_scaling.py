@@ -92,10 +92,17 @@ def test_bounds_are_kept(loads, replicas):
         assert 2 <= controller.see(requests, tokens, is_complete) <= 16
 
 
-def context(requests, tokens, running, state, now):
+def context(state, now, **reports):
+    """Of a controller with two replicas, given (requests, time) that each reported last."""
     return SimpleNamespace(
-        aggregated_metrics={"requests": requests, "queued_tokens": tokens},
-        running_replicas=running,
+        aggregated_metrics={
+            "requests": {name: requests for name, (requests, _) in reports.items()},
+            "queued_tokens": dict.fromkeys(reports, 0.0),
+        },
+        raw_metrics={
+            "queued_tokens": {name: [SimpleNamespace(timestamp=time)] for name, (_, time) in reports.items()}
+        },
+        running_replicas=["a", "b"],
         target_num_replicas=6,
         policy_state=state,
         current_time=now,
@@ -105,16 +112,22 @@ def context(requests, tokens, running, state, now):
 def test_a_replica_that_tells_nothing_keeps_all():
     policy, state = QueuePolicy(**vars(RULE)), {}
     for now in range(100):
-        replicas, state = policy(context({"a": 1.0}, {"a": 0.0}, ["a", "b"], state, now))
+        replicas, state = policy(context(state, now, a=(1.0, now)))
         assert replicas == 6
     for now in range(100, 200):
-        replicas, state = policy(context({"a": 1.0, "b": 1.0}, {"a": 0.0, "b": 0.0}, ["a", "b"], state, now))
+        replicas, state = policy(context(state, now, a=(1.0, now), b=(1.0, 90)))
+        assert replicas == 6
+    for now in range(200, 300):
+        replicas, state = policy(context(state, now, a=(1.0, now), b=(1.0, now - 1)))
     assert replicas == 2
-    assert policy(SimpleNamespace(**vars(context({}, {}, [], {}, 0)) | {"aggregated_metrics": None}))[0] == 6
+    nothing = {"aggregated_metrics": None, "raw_metrics": None, "running_replicas": []}
+    assert policy(SimpleNamespace(**vars(context({}, 0)) | nothing))[0] == 6
 
 
 def test_the_controller_needs_no_moe_ray():
     config = make_autoscaling_config(ServeConfig(max_replicas=9, target_ongoing_requests=2.0))
+    fields = {"aggregated_metrics": {"requests": {"a": 14.0}}, "raw_metrics": {}, "running_replicas": ["a"]}
+    fields |= {"target_num_replicas": 2, "policy_state": {}, "current_time": 0.0}
     found = subprocess.run(
         [
             sys.executable,
@@ -123,7 +136,7 @@ def test_the_controller_needs_no_moe_ray():
             "from ray import cloudpickle; policy = cloudpickle.loads(sys.stdin.buffer.read());"
             "context = Context(**json.loads(sys.argv[2])); print(policy(**json.loads(sys.argv[1]))(context)[0])",
             json.dumps(config.policy.policy_kwargs),
-            json.dumps(vars(context({"a": 14.0}, {"a": 0.0}, ["a"], {}, 0.0))),
+            json.dumps(fields),
         ],
         input=config.policy.get_serialized_policy_def(),
         capture_output=True,

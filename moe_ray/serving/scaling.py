@@ -15,6 +15,8 @@ from typing import Any
 
 # Of the target, what the replicas that stay may carry when others go.
 _DOWN_SHARE = 0.75
+# Replicas report twice a second.
+_FRESH_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,11 @@ class QueuePolicy:
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         """Decide, given Serve's `AutoscalingContext`; what its replicas report are means of the last seconds."""
         found: Mapping[str, Mapping[Any, float]] = context.aggregated_metrics or {}
-        requests, tokens = found.get("requests", {}), found.get("queued_tokens", {})
-        running = len(context.running_replicas)
-        is_complete = 0 < running == len(requests) == len(tokens)
-        load = Load(sum(requests.values()), sum(tokens.values()), is_complete)
+        load = Load(
+            sum(found.get("requests", {}).values()),
+            sum(found.get("queued_tokens", {}).values()),
+            _is_complete(context),
+        )
         replicas, history = decide(
             self._rule,
             context.target_num_replicas,
@@ -107,3 +110,10 @@ class QueuePolicy:
             context.policy_state.get("history"),
         )
         return replicas, {"history": history}
+
+
+def _is_complete(context: Any) -> bool:
+    """Whether each replica that runs has reported lately: one that is overwhelmed is late, and must not look idle."""
+    reports = (context.raw_metrics or {}).get("queued_tokens", {})
+    series = [reports.get(replica) for replica in context.running_replicas]
+    return bool(series) and all(s and context.current_time - s[-1].timestamp <= _FRESH_SECONDS for s in series)
