@@ -113,7 +113,7 @@ class QueuePolicy:
 
 
 def _is_complete(context: Any) -> bool:
-    """Whether each replica that runs has reported lately: one that is overwhelmed is late, and must not look idle."""
+    """Whether each replica that runs has reported lately: an overwhelmed one is late, and must not look idle."""
     reports = (context.raw_metrics or {}).get("queued_tokens", {})
     series = [reports.get(replica) for replica in context.running_replicas]
     return bool(series) and all(s and context.current_time - s[-1].timestamp <= _FRESH_SECONDS for s in series)
