@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -165,7 +166,7 @@ def read_stream(endpoint: Endpoint, begun: threading.Semaphore) -> list[str]:
     fields = {"max_tokens": LONG, "stream": True}
     events: list[str] = []
     with endpoint.client() as client, client.stream("POST", "/v1/completions", json=body(**fields)) as answer:
-        assert answer.status_code == 200
+        answer.raise_for_status()
         for line in answer.iter_lines():
             if line.startswith("data: "):
                 events.append(line[6:])
@@ -175,12 +176,12 @@ def read_stream(endpoint: Endpoint, begun: threading.Semaphore) -> list[str]:
 
 
 @contextmanager
-def streams(endpoint: Endpoint, count: int) -> Iterator[list[Future[list[str]]]]:
-    """Long streams that have begun; at the end, which all must reach, they have ended."""
+def streams(endpoint: Endpoint, count: int, wait: bool = True) -> Iterator[list[Future[list[str]]]]:
+    """Long streams, which have begun unless that is not waited for; they have ended when the context has."""
     begun = threading.Semaphore(0)
     with ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(read_stream, endpoint, begun) for _ in range(count)]
-        for _ in futures:
+        for _ in futures if wait else ():
             assert begun.acquire(timeout=PATIENCE)
         yield futures
 
@@ -229,12 +230,31 @@ def test_a_killed_replica_loses_no_answer(endpoint: Endpoint) -> None:
             kill_one(endpoint, asker)
 
 
-def test_a_stream_that_breaks_does_not_end_cleanly(endpoint: Endpoint) -> None:
-    endpoint.deploy(min_replicas=1, max_replicas=1)
-    with streams(endpoint, 2) as running:
-        for pid in endpoint.replicas("RUNNING"):
-            endpoint.kill(pid)
-    assert {type(stream.exception()) for stream in running} == {httpx.RemoteProtocolError}
+def test_only_what_has_not_begun_is_asked_again(endpoint: Endpoint) -> None:
+    endpoint.deploy(min_replicas=1, max_replicas=1, max_batch_size=1)
+    # More than HAProxy keeps.
+    large = body(user="x" * 200_000)
+
+    def both_wait() -> bool:
+        with endpoint.client() as client:
+            return re.search(r"^moe_serve_waiting{.*} 2.0$", client.get("/metrics").text, re.MULTILINE) is not None
+
+    with (
+        ThreadPoolExecutor(1) as pool,
+        endpoint.client() as client,
+        streams(endpoint, 1) as (begun,),
+        streams(endpoint, 1, wait=False) as (waiting,),
+    ):
+        posted = pool.submit(client.post, "/v1/completions", json=large)
+        until(both_wait, PATIENCE)
+        (replica,) = endpoint.replicas("RUNNING")
+        endpoint.kill(replica)
+    assert type(begun.exception()) is httpx.RemoteProtocolError
+    assert posted.result().status_code == 500
+    if endpoint.proxy == "haproxy":
+        assert_whole([waiting])
+    else:
+        assert type(waiting.exception()) is httpx.HTTPStatusError
 
 
 def test_a_new_controller_keeps_the_replicas(endpoint: Endpoint) -> None:
