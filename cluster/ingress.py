@@ -39,10 +39,11 @@ def high_throughput(folder: Path) -> dict[str, str]:
     }
     resilience = {
         # A request whose replica died before it answered goes to another one. That is safe: completions change
-        # nothing. Three times, so that one that kills its replica does not kill all. HAProxy can repeat only what
-        # one of its buffers holds.
+        # nothing. HAProxy can repeat only what one of its buffers holds. The dead one has the fewest connections,
+        # so it is asked first until one refusal marks it; not more often, lest one request kill all replicas.
         "RETRY_ON": "conn-failure empty-response",
-        "RETRIES": 3,
+        "RETRIES": 5,
+        "OBSERVE_ERROR_LIMIT": 1,
         "TUNE_BUFSIZE": 2**17,
         # With each change of the replicas a new HAProxy starts, and the old one has this long to end its streams.
         "HARD_STOP_AFTER_S": 3600,
