@@ -6,6 +6,10 @@ from pathlib import Path
 
 from cluster.head import free_port
 
+# Most clients send their body after the headers, and HAProxy can repeat only requests that it had whole. Serve's
+# template has no place for these options, but puts the value before them on a line of its own.
+_WHOLE_REQUESTS = "\n    option http-buffer-request\n    timeout http-request 60s"
+
 
 def is_available() -> bool:
     """Whether there is a HAProxy: that of the system, or the one that comes with Ray."""
@@ -41,7 +45,7 @@ def high_throughput(folder: Path) -> dict[str, str]:
         # A request whose replica died before it answered goes to another one. That is safe: completions change
         # nothing. HAProxy can repeat only what one of its buffers holds. The dead one has the fewest connections,
         # so it is asked first until one refusal marks it; not more often, lest one request kill all replicas.
-        "RETRY_ON": "conn-failure empty-response",
+        "RETRY_ON": f"conn-failure empty-response{_WHOLE_REQUESTS}",
         "RETRIES": 5,
         "OBSERVE_ERROR_LIMIT": 1,
         "TUNE_BUFSIZE": 2**17,
