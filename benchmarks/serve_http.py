@@ -56,10 +56,10 @@ def main(arguments: argparse.Namespace) -> None:
     report(found, arguments)
 
 
-def make_model(folder: Path) -> Tokenizer:
-    """Save the quickstart's model, untrained, as a Hugging Face folder."""
+def make_model(folder: Path, *settings: str) -> Tokenizer:
+    """Save the quickstart's model, untrained and perhaps with other settings, as a Hugging Face folder."""
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
-    config = resolve_model(load_config(str(CONFIG), [])).model
+    config = resolve_model(load_config(str(CONFIG), list(settings))).model
     tokenizer = train_tokenizer(text.splitlines(), config.vocab_size)
     sidecars = {"generation_config.json": json.dumps({"eos_token_id": tokenizer.eos_id}).encode()}
     model = build_model(config, seed=0)
@@ -103,20 +103,26 @@ def empty_application() -> Any:
 
 def make_requests(port: int, tokenizer: Tokenizer, arguments: argparse.Namespace) -> dict[str, list[bytes]]:
     """What each kind of round sends: texts of as many tokens as asked for, all different."""
-    rng = np.random.default_rng(0)
-    bodies: list[dict[str, Any]] = []
-    while len(bodies) < PROMPTS:
-        prompt = tokenizer.decode(rng.integers(300, tokenizer.vocab_size, arguments.prompt_tokens).tolist())
-        if len(tokenizer.encode(prompt)) == arguments.prompt_tokens:
-            sizes = {"max_tokens": arguments.new_tokens, "ignore_eos": True}
-            sampling = {"temperature": arguments.temperature}
-            bodies.append({"model": "quickstart", "prompt": prompt, **sizes, **sampling})
+    sizes = {"max_tokens": arguments.new_tokens, "ignore_eos": True, "temperature": arguments.temperature}
+    prompts = make_prompts(tokenizer, arguments.prompt_tokens)
+    bodies: list[dict[str, Any]] = [{"model": "quickstart", "prompt": prompt, **sizes} for prompt in prompts]
     paths = {"ours": "/v1/completions", "empty": "/empty", "streamed": "/v1/completions"}
     extra = {"streamed": {"stream": True}}
     return {
         kind: [post(path, port, json.dumps(body | extra.get(kind, {})).encode()) for body in bodies]
         for kind, path in paths.items()
     }
+
+
+def make_prompts(tokenizer: Tokenizer, tokens: int) -> list[str]:
+    """Texts of so many tokens, all different."""
+    rng = np.random.default_rng(0)
+    prompts: list[str] = []
+    while len(prompts) < PROMPTS:
+        prompt = tokenizer.decode(rng.integers(300, tokenizer.vocab_size, tokens).tolist())
+        if len(tokenizer.encode(prompt)) == tokens:
+            prompts.append(prompt)
+    return prompts
 
 
 def measure(port: int, tokenizer: Tokenizer, arguments: argparse.Namespace) -> dict[str, list[Load]]:

@@ -13,7 +13,23 @@ class ServeConfig(Section):
 
     min_replicas: PositiveInt = Field(2, description="replicas when idle")
     max_replicas: PositiveInt = Field(16, description="most replicas")
-    target_ongoing_requests: PositiveFloat = Field(4.0, description="requests a replica that autoscaling aims at")
+    target_ongoing_requests: PositiveFloat = Field(
+        4.0, description="requests a replica, waiting or running, that autoscaling aims at"
+    )
+    target_queued_tokens: PositiveFloat = Field(
+        4096.0, description="tokens still to be computed by a replica, nearly all of prompts, that it aims at"
+    )
+    load_average_seconds: float = Field(
+        2.0,
+        gt=0.5,
+        description="time over which it averages both, more than 0.5; replicas are added that much later",
+    )
+    scale_down_seconds: PositiveFloat = Field(
+        30.0, description="how long fewer replicas must have been enough before some are taken away"
+    )
+    drain_seconds: PositiveFloat = Field(
+        600.0, description="time that a replica has to finish its texts when it is taken away or replaced"
+    )
     cpus_per_replica: PositiveFloat = Field(
         0.5, description="CPUs reserved by a replica; its threads are at least 1"
     )
@@ -21,6 +37,9 @@ class ServeConfig(Section):
     max_batch_size: Width = Field(64, description="requests that one replica decodes together")
     max_queued_requests: NonNegativeInt = Field(
         64, description="requests that wait in a replica before it answers 503"
+    )
+    max_queue_seconds: PositiveFloat = Field(
+        30.0, description="expected time in its queue from which on a replica answers 503"
     )
     max_context: PositiveInt | None = Field(
         None, description="longest prompt plus completion; default: the model's"
@@ -76,6 +95,16 @@ class ServeConfig(Section):
     allow_unfaithful_routing: bool = Field(
         False, description="generate with a router that routes otherwise token by token than it did in training"
     )
+
+    @property
+    def max_unfinished(self) -> int:
+        """Texts that a replica's engine holds at a time."""
+        return self.max_batch_size + self.max_queued_requests
+
+    @property
+    def max_http_requests(self) -> int:
+        """Requests that a replica reads, holds and answers at a time; twice, as some come or go slowly."""
+        return 2 * self.max_unfinished
 
     @model_validator(mode="after")
     def _check(self) -> Self:

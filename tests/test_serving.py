@@ -24,7 +24,7 @@ from moe_ray.models.transformer import build_model
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.app import make_app
-from moe_ray.serving.autoscaling import make_autoscaling_config, max_ongoing_requests
+from moe_ray.serving.autoscaling import make_autoscaling_config
 from moe_ray.serving.completions import CompletionService
 from moe_ray.serving.deployment import LanguageModel
 from moe_ray.serving.prompts import encode_prompt
@@ -380,11 +380,7 @@ class TestScaling:
         config = ServeConfig(min_replicas=3, max_replicas=7, target_ongoing_requests=2.5)
         scaling = make_autoscaling_config(config)
         assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (3, 7, 2.5)
-        assert scaling.upscale_delay_s < scaling.downscale_delay_s
-
-    def test_engine_refuses_before_serve_holds_back(self):
-        config = ServeConfig(max_batch_size=5, max_queued_requests=9)
-        assert max_ongoing_requests(config) > 5 + 9
+        assert scaling.policy.policy_kwargs["down_seconds"] == config.scale_down_seconds
 
 
 class TestBuilder:

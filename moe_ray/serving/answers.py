@@ -1,12 +1,13 @@
 """From the chunks of an engine to the body or the events of an answer."""
 
+import contextlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from moe_ray.errors import RequestError
 from moe_ray.serving.engine.request import Chunk, Tokenizer
@@ -192,7 +193,10 @@ def _event(data: bytes) -> bytes:
 
 
 class _EventStream(StreamingResponse):
-    """Drops the requests of its stream however it ends, even if it never began."""
+    """Drops the requests of its stream however it ends, even if it never began.
+
+    It begins with its first event: until then, a proxy can ask another replica if this one dies.
+    """
 
     def __init__(self, stream: AnyStream | None, events: AsyncIterator[bytes]) -> None:
         super().__init__(events, media_type="text/event-stream")
@@ -200,8 +204,15 @@ class _EventStream(StreamingResponse):
         self._stream = stream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._stream is None:
-            await super().__call__(scope, receive, send)
-            return
-        async with self._stream:
-            await super().__call__(scope, receive, send)
+        held: list[Message] = []
+
+        async def send_from_first_event(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                held.append(message)
+                return
+            while held:
+                await send(held.pop())
+            await send(message)
+
+        async with self._stream or contextlib.nullcontext():
+            await super().__call__(scope, receive, send_from_first_event)

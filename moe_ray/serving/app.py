@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moe_ray.errors import RequestError
 from moe_ray.serving.access import Access, Guard, Observer
 from moe_ray.serving.completions import CompletionService
+from moe_ray.serving.crowd import Crowd
 from moe_ray.serving.metrics import Metrics
 from moe_ray.serving.openai.chat import ChatCompletion, ChatCompletionChunk, ChatRequest
 from moe_ray.serving.openai.completions import Completion, CompletionRequest
@@ -40,6 +41,7 @@ def make_app(service: CompletionService, access: Access | None = None) -> FastAP
     # Each goes around those before it.
     app.add_middleware(Shortcut, routes=app.routes)
     app.add_middleware(Guard, access=access, usage=current_usage)
+    app.add_middleware(Crowd, most=service.max_http_requests)
     app.add_middleware(ErrorBoundary)
     app.add_middleware(Observer, access=access, metrics=metrics)
     app.exception_handler(RequestError)(_answer_request_error)

@@ -1,18 +1,27 @@
-"""How many replicas run."""
+"""How many replicas run, and how many requests each takes."""
 
 import warnings
+from dataclasses import asdict
 
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from moe_ray.serve_config import ServeConfig
+from moe_ray.serving.scaling import QueuePolicy, Rule
 
-# Requests that a replica accepts on top of what its engine holds, so that the engine's own refusal, in
-# OpenAI's format, comes before Serve holds requests back.
-_SPARE_REQUESTS = 64
+# How often replicas report.
+_REPORT_SECONDS = 0.5
 
 
 def make_autoscaling_config(config: ServeConfig) -> AutoscalingConfig:
-    """Scale on ongoing requests: up within seconds, down once the load has been gone for a while."""
+    """Scale on the requests and tokens that replicas hold, which they tell by `record_autoscaling_stats`."""
+    rule = Rule(
+        least=config.min_replicas,
+        most=config.max_replicas,
+        requests=config.target_ongoing_requests,
+        queued_tokens=config.target_queued_tokens,
+        down_seconds=config.scale_down_seconds,
+    )
+    policy = f"{QueuePolicy.__module__}:{QueuePolicy.__name__}"
     with warnings.catch_warnings():
         # Deprecated, but the environment variables that should replace it are never read (Ray 2.60).
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -20,13 +29,18 @@ def make_autoscaling_config(config: ServeConfig) -> AutoscalingConfig:
             min_replicas=config.min_replicas,
             max_replicas=config.max_replicas,
             target_ongoing_requests=config.target_ongoing_requests,
-            metrics_interval_s=0.5,
-            look_back_period_s=2.0,
-            upscale_delay_s=1.0,
-            downscale_delay_s=30.0,
+            metrics_interval_s=_REPORT_SECONDS,
+            look_back_period_s=config.load_average_seconds,
+            # Delays are the policy's.
+            upscale_delay_s=0.0,
+            downscale_delay_s=0.0,
+            policy=AutoscalingPolicy(policy_function=policy, policy_kwargs=asdict(rule)),
         )
 
 
 def max_ongoing_requests(config: ServeConfig) -> int:
-    """Requests that Serve sends to one replica at a time."""
-    return config.max_batch_size + config.max_queued_requests + _SPARE_REQUESTS
+    """Requests that Serve sends to one replica at a time: twice those that the application lets in.
+
+    Serve refuses in plain text what is above, so the application refuses first.
+    """
+    return 2 * config.max_http_requests

@@ -61,6 +61,7 @@ class CompletionService:
         model_body: its entry in `/v1/models`.
         max_body_bytes: largest request body.
         max_body_seconds: longest time that one may take to come.
+        max_http_requests: most requests at a time.
         step: optimizer steps behind the weights.
         architecture: settings of the model.
     """
@@ -73,15 +74,16 @@ class CompletionService:
         self._vocab_size = min(model.tokenizer.vocab_size, model.config.model.vocab_size)
         self._chat_template = find_chat_template(model.sidecars, model.tokenizer)
         self._max_context = config.max_context or model.config.model.max_sequence_length
-        self._max_unfinished = config.max_batch_size + config.max_queued_requests
+        self._max_unfinished = config.max_unfinished
         self._compiling = ThreadPoolExecutor(1, "grammar")
         self.max_body_bytes = config.max_body_bytes
         self.max_body_seconds = config.max_body_seconds
+        self.max_http_requests = config.max_http_requests
         self.step = model.step
         self.architecture = model.config.model
         self.model_body = model_body(model.name, int(model.path.stat().st_mtime), model.step)
         engine = build_engine(model, config, self._max_context)
-        self._engine = EngineThread(engine, self._max_unfinished)
+        self._engine = EngineThread(engine, config.max_unfinished, config.max_queue_seconds)
         self._responses = build_response_cache(self._engine, model, config)
 
     @property

@@ -1,5 +1,7 @@
 """The Ray Serve deployment: one replica is one engine and its own HTTP ingress."""
 
+from typing import Any
+
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -13,9 +15,6 @@ from moe_ray.serving.completions import CompletionService
 from moe_ray.serving.follow import Follower
 from moe_ray.serving.load_to_serve import load_to_serve
 from moe_ray.serving.replica_count import ReplicaCount
-
-# A replica that is taken down first finishes its texts, unless they take longer than this.
-_GRACEFUL_SHUTDOWN_SECONDS = 120
 
 
 @serve.ingress()
@@ -49,6 +48,11 @@ class LanguageModel:
         if not self._service.is_ready:
             raise RuntimeError("the engine has stopped")
 
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve, which hands it to the autoscaling policy."""
+        stats = self._service.stats()
+        return {"requests": float(stats.waiting + stats.running), "queued_tokens": float(stats.queued_tokens)}
+
     def __del__(self) -> None:
         """Called by Serve when the replica shuts down."""
         if hasattr(self, "_service"):
@@ -61,13 +65,18 @@ def make_application(checkpoint: str, config: ServeConfig) -> Application:
     Args:
         checkpoint: absolute path or address that every node can read; of a run if config.follow.
     """
-    deploy = serve.deployment(
-        name="LanguageModel",
-        ray_actor_options={"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
-        autoscaling_config=make_autoscaling_config(config),
-        max_ongoing_requests=max_ongoing_requests(config),
-        graceful_shutdown_timeout_s=_GRACEFUL_SHUTDOWN_SECONDS,
-        health_check_period_s=2,
-        health_check_timeout_s=30,
+    return serve.deployment(name="LanguageModel", **deployment_options(config))(LanguageModel).bind(
+        checkpoint, config
     )
-    return deploy(LanguageModel).bind(checkpoint, config)
+
+
+def deployment_options(config: ServeConfig) -> dict[str, Any]:
+    """What Serve is told of the replicas."""
+    return {
+        "ray_actor_options": {"num_cpus": config.cpus_per_replica, "num_gpus": config.gpus_per_replica},
+        "autoscaling_config": make_autoscaling_config(config),
+        "max_ongoing_requests": max_ongoing_requests(config),
+        "graceful_shutdown_timeout_s": config.drain_seconds,
+        "health_check_period_s": 2,
+        "health_check_timeout_s": 30,
+    }

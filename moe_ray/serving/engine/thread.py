@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +14,14 @@ from typing import Any, Self, TypeVar
 
 from moe_ray.errors import RequestError
 from moe_ray.serving.engine.engine import Engine
+from moe_ray.serving.engine.pace import Pace
 from moe_ray.serving.engine.request import Chunk, FinishReason, Request
 from moe_ray.serving.engine.stats import EngineStats
 
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
+# Of Retry-After: a client that comes back may find that others have left.
+_MAX_RETRY_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,15 @@ class EngineThread:
     """Accepts requests from event loops, at most `max_unfinished` at a time.
 
     If the engine raises, every unfinished request ends with an error and `is_alive` turns false for good.
+
+    Args:
+        max_queue_seconds: requests that would have to wait longer are refused.
     """
 
-    def __init__(self, engine: Engine, max_unfinished: int) -> None:
+    def __init__(self, engine: Engine, max_unfinished: int, max_queue_seconds: float = math.inf) -> None:
         self._engine = engine
         self._max_unfinished = max_unfinished
+        self._max_queue_seconds = max_queue_seconds
         # Guards all below; held for microseconds, never while the model runs.
         self._changed = threading.Condition()
         self._commands: deque[Request | str] = deque()
@@ -59,6 +68,7 @@ class EngineThread:
         self._streams: dict[str, Stream] = {}
         self._accepting = True
         self._stats = engine.stats()
+        self._pace = Pace()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -76,19 +86,33 @@ class EngineThread:
         """Queue all requests or none; called from a running event loop.
 
         Raises:
-            RequestError: one cannot be served (400), or there is no room for all (503).
+            RequestError: one cannot be served (400), or there is no room for all, or none in time (503).
         """
         self.check(requests)
         stream = Stream(self, requests, asyncio.get_running_loop())
         with self._changed:
             if not self._accepting:
                 raise _unavailable("the engine has stopped.")
-            if len(self._streams) + len(requests) > self._max_unfinished:
-                raise _unavailable(f"{len(self._streams)} requests are running or waiting already.")
+            self._check_room(stream, requests[0].deadline)
             self._streams.update((request.id, stream) for request in requests)
             self._commands.extend(requests)
             self._changed.notify()
         return stream
+
+    def _check_room(self, stream: "Stream", deadline: float | None) -> None:
+        surplus = len(self._streams) + stream.size - self._max_unfinished
+        if surplus > 0:
+            raise _unavailable(
+                f"{len(self._streams)} requests are running or waiting already.", self._pace.seconds(surplus)
+            )
+        # Those of lower priority are passed.
+        before = sum(other.priority >= stream.priority for other in self._streams.values()) - self._stats.running
+        wait = self._pace.seconds(max(before, 0) + 1)
+        left = math.inf if deadline is None else max(deadline - time.monotonic(), 0.0)
+        allowed = min(self._max_queue_seconds, left)
+        if wait > allowed:
+            problem = f"a request that comes now would wait for {wait:.1f} s, and may for {allowed:.1f} s."
+            raise _unavailable(problem, wait - allowed)
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Drop requests; those that have ended are ignored."""
@@ -115,12 +139,15 @@ class EngineThread:
         return await call.future
 
     def stats(self) -> EngineStats:
-        """What the engine had done and held before its current step, and requests that it has not yet seen."""
+        """What the engine had done and held before its current step, and requests that it has not yet seen.
+
+        Calls count as requests that wait.
+        """
         with self._changed:
             unseen = [command for command in self._commands if isinstance(command, Request)]
             return replace(
                 self._stats,
-                waiting=self._stats.waiting + len(unseen),
+                waiting=self._stats.waiting + len(unseen) + len(self._calls),
                 queued_tokens=self._stats.queued_tokens + sum(len(request.prompt_ids) for request in unseen),
             )
 
@@ -180,6 +207,7 @@ class EngineThread:
         # Each call into an event loop wakes its thread, so all streams of a loop share one.
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Chunk]]] = {}
         with self._changed:
+            self._pace.record(self._stats.waiting, sum(chunk.finish_reason is not None for chunk in chunks))
             for chunk in chunks:
                 stream = self._streams[chunk.request_id]
                 by_loop.setdefault(stream.loop, []).append((stream, chunk))
@@ -196,6 +224,8 @@ class Stream:
 
     Attributes:
         loop: where it is read.
+        size: how many requests.
+        priority: that of all of them.
 
     Raises:
         RequestError: on iteration, the engine stopped (503), the model failed (500) or the deadline passed (504).
@@ -204,6 +234,8 @@ class Stream:
     def __init__(self, thread: EngineThread, requests: Sequence[Request], loop: asyncio.AbstractEventLoop) -> None:
         self._thread = thread
         self.loop = loop
+        self.size = len(requests)
+        self.priority = requests[0].priority
         self._index = {request.id: index for index, request in enumerate(requests)}
         self._unfinished = set(self._index)
         self._queue: asyncio.Queue[Chunk | RequestError] = asyncio.Queue()
@@ -251,8 +283,11 @@ def _put_threadsafe(loop: asyncio.AbstractEventLoop, items: Sequence[tuple[Strea
             stream.cancel()
 
 
-def _unavailable(problem: str) -> RequestError:
-    return RequestError(problem, "try again later.", status=503, code="overloaded")
+def _unavailable(problem: str, seconds: float = 0.0) -> RequestError:
+    """The error of a request that there may be room for after some seconds."""
+    retry_after = min(max(math.ceil(seconds), 1), _MAX_RETRY_SECONDS)
+    fix = f"try again in {retry_after} s."
+    return RequestError(problem, fix, status=503, code="overloaded", retry_after=retry_after)
 
 
 def _failure(reason: FinishReason | None) -> RequestError | None:

@@ -16,7 +16,7 @@ STATUSES = {
     415: "The body is not declared as JSON.",
     429: "The API key has used up a limit; Retry-After says when to come back.",
     500: "The server failed; the log names the request id.",
-    503: "There is no room, or the engine has stopped; Retry-After says when to come back.",
+    503: "There is no room, none in time, or the engine has stopped; Retry-After says when to come back.",
     504: "The request's timeout passed before its answer was complete.",
 }
 # Those of every route; of those that need a key; of those with a body that the engine works on; of those with a
