@@ -1,12 +1,17 @@
 """The Ray Serve deployment: one replica is one engine and its own HTTP ingress."""
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from starlette.types import ASGIApp
 
 from moe_ray.cpu import set_threads
 from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.access import open_access
+from moe_ray.serving.affinity.directory import directory_config
+from moe_ray.serving.affinity.join import Membership
+from moe_ray.serving.affinity.stats import AffinityStats
 from moe_ray.serving.app import make_app
 from moe_ray.serving.autoscaling import make_autoscaling_config, max_ongoing_requests
 from moe_ray.serving.completions import CompletionService
@@ -25,7 +30,11 @@ class LanguageModel:
     def __init__(self, checkpoint: str, config: ServeConfig) -> None:
         # Before the model, which takes longer. Serve adds the request id to all answers.
         replica = serve.get_replica_context().replica_tag
-        self._access = open_access(config, replica, ReplicaCount(config.max_replicas), answers_id=False)
+        count = ReplicaCount(config.max_replicas)
+        self._config, self._replica = config, replica
+        self._membership: Membership | None = None
+        self._affinity = AffinityStats()
+        self._access = open_access(config, replica, count, answers_id=False, counts=(self._affinity,))
         set_threads(config.cpus_per_replica)
 
         def load(source: str) -> CompletionService:
@@ -40,17 +49,26 @@ class LanguageModel:
             self._service = load(checkpoint)
             self._app = make(self._service)
 
-    def __serve_build_asgi_app__(self) -> FastAPI | Follower:
-        """Called by Serve after the constructor."""
-        return self._app
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Serve after the constructor, in the event loop of requests."""
+        if not self._config.prefix_routing:
+            return self._app
+        host, stats = ray.util.get_node_ip_address(), self._service.stats
+        self._membership = Membership.begin(
+            self._app, self._replica, host, self._config, self._access.keys, stats, self._affinity
+        )
+        return self._membership.app
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""
         if not self._service.is_ready:
             raise RuntimeError("the engine has stopped")
 
-    def __del__(self) -> None:
+    async def __del__(self) -> None:
         """Called by Serve when the replica shuts down."""
+        membership: Membership | None = getattr(self, "_membership", None)
+        if membership:
+            await membership.end()
         if hasattr(self, "_service"):
             self._service.close()
 
@@ -69,5 +87,6 @@ def make_application(checkpoint: str, config: ServeConfig) -> Application:
         graceful_shutdown_timeout_s=_GRACEFUL_SHUTDOWN_SECONDS,
         health_check_period_s=2,
         health_check_timeout_s=30,
+        deployment_actors=[directory_config()] if config.prefix_routing else [],
     )
     return deploy(LanguageModel).bind(checkpoint, config)

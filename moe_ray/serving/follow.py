@@ -16,6 +16,7 @@ from moe_ray.checkpoint.catalog import cache_folder, checkpoint_name, list_steps
 from moe_ray.config import build_config
 from moe_ray.errors import CheckpointError, ConfigError, StorageError
 from moe_ray.serving.completions import CompletionService
+from moe_ray.serving.engine.stats import EngineStats
 from moe_ray.storage import open_storage
 from moe_ray.storage.lock import try_lock
 
@@ -66,6 +67,10 @@ class Follower:
     def is_ready(self) -> bool:
         """Whether requests are answered."""
         return self._current.service.is_ready
+
+    def stats(self) -> EngineStats:
+        """Of the newest service; one that has been replaced holds only what it finishes."""
+        return self._current.service.stats()
 
     @property
     def routes(self) -> Sequence[Any]:
