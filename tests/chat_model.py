@@ -42,7 +42,7 @@ MAX_CONTEXT = 512
 NAME = "chat"
 
 
-def write_chat_folder(folder: Path) -> Path:
+def write_chat_folder(folder: Path, max_context: int = MAX_CONTEXT) -> Path:
     """A random Mixtral with a chat tokenizer; a text ends with either of two tokens."""
     backend = tokenizers.Tokenizer.from_str(train_tokenizer(TEXTS * 5, 300).serialized)
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -55,7 +55,7 @@ def write_chat_folder(folder: Path) -> Path:
         num_kv_heads=1,
         num_experts=4,
         expert_dim=32,
-        max_sequence_length=MAX_CONTEXT,
+        max_sequence_length=max_context,
         init_std=0.4,
     )
     ends = [backend.token_to_id("<|im_end|>"), backend.token_to_id("<|endoftext|>")]

@@ -55,10 +55,10 @@ class DirectoryClient:
         if self._actor is not None:
             self._actor.finish.remote(self.replica, choice)
 
-    def remove(self, replica: str) -> None:
-        """Another replica did not answer."""
+    def keep(self, choice: Choice, chain: Sequence[int]) -> None:
+        """The replica that was chosen did not answer; this one does."""
         if self._actor is not None:
-            self._actor.remove.remote(replica)
+            self._actor.keep.remote(self._report(), choice, chain)
 
     async def close(self) -> None:
         """Take this replica out of the directory."""

@@ -89,9 +89,13 @@ class Forwarder:
             await self._app(scope, again, send)
             return
         try:
-            if not await self._hand(choice, scope, body, receive, send):
-                self._stats.affinity_kept += 1
-                await self._app(scope, again, send)
+            if choice.replica != self._directory.replica:
+                if await self._hand(choice, scope, body, receive, send):
+                    return
+                self._stats.affinity_unreached += 1
+                self._directory.keep(choice, chain)
+            self._stats.affinity_kept += 1
+            await self._app(scope, again, send)
         finally:
             self._directory.finish(choice)
 
@@ -106,8 +110,6 @@ class Forwarder:
 
     async def _hand(self, choice: Choice, scope: Scope, body: bytes, receive: Receive, send: Send) -> bool:
         """Whether another replica has begun to answer, or the client has left."""
-        if choice.replica == self._directory.replica:
-            return False
         relaying = asyncio.create_task(self._relay(choice, scope, body, send))
         leaving = asyncio.create_task(_wait_until_left(receive))
         try:
@@ -140,8 +142,6 @@ class Forwarder:
                 return True
             # A text that was begun and not answered has changed nothing, so it may be begun again.
             _logger.warning("the replica %s did not answer: %r", choice.replica, error)
-            self._stats.affinity_unreached += 1
-            self._directory.remove(choice.replica)
             return False
         await send({"type": "http.response.body", "body": b""})
         return True

@@ -71,17 +71,29 @@ class Choice:
 
 @dataclass
 class _Replica:
-    """`known` has the links of its cache, oldest first; `given` the work that each asker has sent to it."""
+    """What is believed of a replica.
+
+    Attributes:
+        other: its work that did not come through this router.
+        given: the work that did and is not finished, by asker.
+        known: the links of its cache, oldest first.
+    """
 
     report: Report
-    seen: float
-    known: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    seen: float = 0.0
+    other: float = 0.0
     given: dict[str, float] = field(default_factory=dict)
+    known: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
     @property
     def load(self) -> float:
-        # What was given is, once it has arrived, a part of what is reported.
-        return max(self.report.load, sum(self.given.values()))
+        return self.other + sum(self.given.values())
+
+    def take(self, report: Report, now: float) -> None:
+        self.report, self.seen = report, now
+        # What was given is told when it ends, and this only at times: only the rest may be out of date.
+        self.other = max(report.load - sum(self.given.values()), 0.0)
+        self.trim()
 
     def count_known(self, chain: Sequence[int]) -> int:
         # A link is never older than those that go on from it, so the known ones of a chain are its first.
@@ -113,12 +125,7 @@ class PrefixRouter:
 
     def report(self, report: Report) -> None:
         """A replica is there; each does so often, and may be chosen from its first report on."""
-        found = self._replicas.get(report.replica)
-        if found is None:
-            self._replicas[report.replica] = _Replica(report, self._clock())
-        else:
-            found.report, found.seen = report, self._clock()
-            found.trim()
+        self._replicas.setdefault(report.replica, _Replica(report)).take(report, self._clock())
 
     def remove(self, replica: str) -> None:
         """A replica is gone, and so is what it was working on for others. Nothing changes for the others."""
@@ -148,6 +155,12 @@ class PrefixRouter:
         replica.learn(chain)
         replica.given[asker] = replica.given.get(asker, 0.0) + work
         return Choice(best, replica.report.address, known[best], work)
+
+    def keep(self, report: Report, choice: Choice, chain: Sequence[int]) -> None:
+        """The chosen replica did not answer, so the asker does it itself."""
+        self.remove(choice.replica)
+        self.report(report)
+        self._replicas[report.replica].learn(chain)
 
     def finish(self, asker: str, choice: Choice) -> None:
         """The answer to a prompt has ended, however that was."""
