@@ -41,7 +41,7 @@ def ask(router, chain, asker=NAMES[0], ends=True):
 
 def conversation(rng, turns=6):
     """Chains of its turns, each of which goes on from the one before."""
-    chain = [rng.getrandbits(64) for _ in range(rng.randrange(3, 30))]
+    chain = [rng.getrandbits(64) for _ in range(rng.randrange(6, 30))]
     for _ in range(turns):
         yield tuple(chain)
         chain += [rng.getrandbits(64) for _ in range(rng.randrange(1, 5))]
@@ -111,8 +111,8 @@ def test_as_long_a_prefix_as_there_is_when_nobody_is_busy(seed):
         known = {name: max((common(chain, old) for old in given[name]), default=0) for name in NAMES}
         choice = ask(router, chain, asker)
         assert choice.known == known[choice.replica]
-        # A hop is worth more than one chunk.
-        assert choice.known == max(known.values()) or known[asker] == choice.known >= max(known.values()) - 1
+        # For a few chunks no hop is made.
+        assert choice.known == max(known.values()) or known[asker] == choice.known >= max(known.values()) - 4
         given[choice.replica].append(chain)
         prompts.append(chain)
 

@@ -64,11 +64,15 @@ class Forwarder:
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
         )
 
-    def __getattr__(self, name: str) -> Any:
-        """The routes, by which Serve names requests, are those of the application."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._app, name)
+    @property
+    def routes(self) -> Sequence[Any]:
+        """Those of the application; Serve names requests by them."""
+        return self._app.routes
+
+    @property
+    def router(self) -> Any:
+        """The application's, for the same."""
+        return self._app.router
 
     async def close(self) -> None:
         """Give up the connections to other replicas."""
