@@ -40,6 +40,8 @@ from moe_ray.models.transformer import build_model
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "model"
 CONTEXT = 4096
+# Of each replica, for 65,000 tokens: all that a round needs.
+CACHE_BYTES = 2**28
 KINDS = ("routed", "unrouted", "one")
 SYSTEM_WORDS, TURN_WORDS, ANSWER_TOKENS = 400, 150, 16
 # A block, and an answer whose text is not encoded to the tokens that were generated.
@@ -280,7 +282,7 @@ if __name__ == "__main__":
     parser.add_argument("settings", nargs="*", help="of all applications, such as serve.dtype=bfloat16")
     proxy = "haproxy" if ingress.is_available() else "plain"
     parser.add_argument("--proxy", choices=("haproxy", "plain"), default=proxy)
-    parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--conversations", type=int, default=8, help="side by side")
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--pause", type=float, default=1.0, help="mean seconds before a turn")

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 _CHUNK_TOKENS = 64
 # A text that is being generated slows a prompt beside it as this many chunks of prompts do.
 _TEXT_CHUNKS = 4.0
-# What handing a request to another replica must save at least. A hop takes less time, but the proxy has chosen by load
-# already: that one text more runs here than there shall move nothing.
+# What handing a request to another replica must save at least. A hop takes less time, but the proxy has chosen by
+# load already: that one text more runs here than there shall move nothing.
 _HOP_CHUNKS = 4.0
 # A replica that has not reported for so long is gone, in seconds.
 _SILENCE = 3.0
