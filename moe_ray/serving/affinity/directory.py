@@ -36,6 +36,7 @@ class DirectoryClient:
         self.replica, self._report = replica, report
         # None while it does not answer; then nobody asks, and only reports find it again.
         self._actor: Any = None
+        self._has_warned = False
         self._reporting = asyncio.create_task(self._keep_reporting())
 
     async def choose(self, chain: Sequence[int]) -> Choice | None:
@@ -75,12 +76,12 @@ class DirectoryClient:
                 actor = self._actor or await asyncio.to_thread(serve.get_deployment_actor, _NAME)
                 async with asyncio.timeout(_ANSWER_SECONDS):
                     await actor.report.remote(self._report())
-                self._actor = actor
+                self._actor, self._has_warned = actor, False
             except Exception as error:
                 self._lose(error)
             await asyncio.sleep(_REPORT_SECONDS)
 
     def _lose(self, error: Exception) -> None:
-        if self._actor is not None:
+        if not self._has_warned:
             _logger.warning("the prefix directory does not answer, requests stay where they come: %r", error)
-        self._actor = None
+        self._actor, self._has_warned = None, True

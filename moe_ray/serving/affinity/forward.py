@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import aiohttp
-from multidict import CIMultiDict
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 from yarl import URL
@@ -130,7 +129,7 @@ class Forwarder:
         query = scope["query_string"].decode("latin-1")
         url = URL(f"http://{choice.address}{_path(scope)}?{query}", encoded=True)
         given = [(name, value) for name, value in scope["headers"] if name.lower() not in _HOP_BY_HOP]
-        headers = CIMultiDict((name.decode("latin-1"), value.decode("latin-1")) for name, value in given)
+        headers = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in given]
         answer = None
         try:
             async with self._session.post(url, data=body, headers=headers, allow_redirects=False) as answer:
