@@ -191,9 +191,9 @@ def test_the_silent_are_forgotten_with_their_work():
     stranger = tuple(range(100, 200))
     assert ask(router, stranger, other).replica == other
     assert ask(router, stranger, silent, ends=False).replica == other
-    clock.now += 2.0
+    clock.now += 6.0
     router.report(idle(other))
-    clock.now += 2.0
+    clock.now += 6.0
     assert ask(router, chain, asker).replica != silent
     assert ask(router, stranger, asker).replica == other
     # Back, but with an empty cache.

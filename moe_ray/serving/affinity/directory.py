@@ -13,8 +13,8 @@ from ray.serve.config import DeploymentActorConfig
 from moe_ray.serving.affinity.router import Choice, PrefixRouter, Report
 
 _REPORT_SECONDS = 0.5
-# A request never waits longer for the directory, even on a machine whose cores are all busy.
-_ANSWER_SECONDS = 1.0
+# A dead directory is told at once; this is for one whose machine is lost, and for machines whose cores are all busy.
+_ANSWER_SECONDS = 5.0
 _NAME = "prefix-directory"
 _logger = logging.getLogger(__name__)
 

@@ -23,8 +23,9 @@ _TEXT_CHUNKS = 4.0
 # What handing a request to another replica must save at least. A hop takes less time, but the proxy has chosen by
 # load already: that one text more runs here than there shall move nothing.
 _HOP_CHUNKS = 4.0
-# A replica that has not reported for so long is gone, in seconds.
-_SILENCE = 3.0
+# A replica that has not reported for so long is gone, in seconds. One that is dead is found sooner, as it refuses
+# connections; one that is only busy shall not be forgotten with its cache.
+_SILENCE = 10.0
 
 
 def chunks_of_work(queued_tokens: int, texts: int) -> float:
