@@ -13,7 +13,7 @@ from ray.serve.config import DeploymentActorConfig
 from moe_ray.serving.affinity.router import Choice, PrefixRouter, Report
 
 _REPORT_SECONDS = 0.5
-# A dead directory is told at once; this is for one whose machine is lost, and for machines whose cores are all busy.
+# A dead directory is told at once. This is for one whose machine is lost, and for machines with all cores busy.
 _ANSWER_SECONDS = 5.0
 _NAME = "prefix-directory"
 _logger = logging.getLogger(__name__)
