@@ -59,6 +59,14 @@ class ServeConfig(Section):
     prefix_prefetch: bool = Field(
         False, description="bring prefixes from disk into memory that followed the same prompt before"
     )
+    prefix_routing: bool = Field(
+        False,
+        description="let that replica answer whose cache knows how a prompt begins; replicas then reach each "
+        "other on free ports of their nodes' addresses",
+    )
+    prefix_routing_bytes: PositiveInt = Field(
+        2048, description="smallest request body that may go to another replica; smaller ones cost nothing"
+    )
     response_cache_bytes: NonNegativeInt = Field(
         0,
         description="memory of a replica for finished answers that the same request would get again: "

@@ -2,8 +2,9 @@
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,9 @@ from moe_ray.serving.metrics import NO_KEY, Metrics
 from moe_ray.serving.rate_limit import RateLimiter
 from moe_ray.serving.responses import error_response
 from moe_ray.serving.usage import Usage, begin_usage, new_id
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 REQUEST_ID = "x-request-id"
 _ALLOWED_ID = re.compile(r"[A-Za-z0-9._-]{1,100}")
@@ -32,6 +36,7 @@ class Access:
         replica: what its metrics are labelled with.
         count_replicas: how many share the limits of the keys now.
         answers_id: whether answers get the request id here; Ray Serve adds it itself.
+        counts: objects whose numbers /metrics shows beside the engine's.
     """
 
     keys: tuple[ApiKey, ...] = ()
@@ -39,10 +44,15 @@ class Access:
     replica: str = "local"
     count_replicas: Callable[[], int] = lambda: 1
     answers_id: bool = True
+    counts: "tuple[DataclassInstance, ...]" = ()
 
 
 def open_access(
-    config: ServeConfig, replica: str, count_replicas: Callable[[], int], answers_id: bool = True
+    config: ServeConfig,
+    replica: str,
+    count_replicas: Callable[[], int],
+    answers_id: bool = True,
+    counts: "tuple[DataclassInstance, ...]" = (),
 ) -> Access:
     """The access that the settings give.
 
@@ -50,7 +60,13 @@ def open_access(
         ConfigError: the keys cannot be read, or the audit log not be written.
     """
     audit = None if config.audit_log is None else AuditLog(config.audit_log, config.audit_prompts)
-    return Access(load_keys(config.api_keys_file), audit, replica, count_replicas, answers_id)
+    return Access(load_keys(config.api_keys_file), audit, replica, count_replicas, answers_id, counts)
+
+
+def identify(keys: Sequence[ApiKey], authorization: str) -> ApiKey | None:
+    """Whose key an Authorization header holds."""
+    scheme, _, presented = authorization.partition(" ")
+    return find_key(keys, presented.strip()) if scheme.lower() == "bearer" else None
 
 
 class Observer:
@@ -138,8 +154,7 @@ class Guard:
             self._limiter.charge(key, usage.prompt_tokens + usage.completion_tokens)
 
     def _identify(self, authorization: str) -> ApiKey:
-        scheme, _, presented = authorization.partition(" ")
-        key = find_key(self._keys, presented.strip()) if scheme.lower() == "bearer" else None
+        key = identify(self._keys, authorization)
         if key is None:
             fix = "send Authorization: Bearer KEY with a key of this server."
             raise RequestError("the API key is missing or wrong.", fix, status=401, code="invalid_api_key")

@@ -36,7 +36,7 @@ _logger = logging.getLogger(__name__)
 def make_app(service: CompletionService, access: Access | None = None) -> FastAPI:
     """The ASGI application that serves a model; without an access to anybody, as in tests."""
     access = access or Access()
-    metrics = Metrics(access.replica, service.stats)
+    metrics = Metrics(access.replica, service.stats, access.counts)
     app = FastAPI(title="moe_ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     # Each goes around those before it.
     app.add_middleware(Shortcut, routes=app.routes)

@@ -2,13 +2,18 @@
 
 from typing import Any
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from starlette.types import ASGIApp
 
 from moe_ray.cpu import set_threads
 from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.access import open_access
+from moe_ray.serving.affinity.directory import directory_config
+from moe_ray.serving.affinity.join import Membership
+from moe_ray.serving.affinity.stats import AffinityStats
 from moe_ray.serving.app import make_app
 from moe_ray.serving.autoscaling import make_autoscaling_config, max_ongoing_requests
 from moe_ray.serving.completions import CompletionService
@@ -24,7 +29,11 @@ class LanguageModel:
     def __init__(self, checkpoint: str, config: ServeConfig) -> None:
         # Before the model, which takes longer. Serve adds the request id to all answers.
         replica = serve.get_replica_context().replica_tag
-        self._access = open_access(config, replica, ReplicaCount(config.max_replicas), answers_id=False)
+        count = ReplicaCount(config.max_replicas)
+        self._config, self._replica = config, replica
+        self._membership: Membership | None = None
+        self._affinity = AffinityStats()
+        self._access = open_access(config, replica, count, answers_id=False, counts=(self._affinity,))
         set_threads(config.cpus_per_replica)
 
         def load(source: str) -> CompletionService:
@@ -39,9 +48,15 @@ class LanguageModel:
             self._service = load(checkpoint)
             self._app = make(self._service)
 
-    def __serve_build_asgi_app__(self) -> FastAPI | Follower:
-        """Called by Serve after the constructor."""
-        return self._app
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Serve after the constructor, in the event loop of requests."""
+        if not self._config.prefix_routing:
+            return self._app
+        host, stats = ray.util.get_node_ip_address(), self._service.stats
+        self._membership = Membership.begin(
+            self._app, self._replica, host, self._config, self._access.keys, stats, self._affinity
+        )
+        return self._membership.app
 
     def check_health(self) -> None:
         """Called by Serve, which replaces the replica if this raises."""
@@ -53,8 +68,11 @@ class LanguageModel:
         stats = self._service.stats()
         return {"requests": float(stats.waiting + stats.running), "queued_tokens": float(stats.queued_tokens)}
 
-    def __del__(self) -> None:
+    async def __del__(self) -> None:
         """Called by Serve when the replica shuts down."""
+        membership: Membership | None = getattr(self, "_membership", None)
+        if membership:
+            await membership.end()
         if hasattr(self, "_service"):
             self._service.close()
 
@@ -79,4 +97,5 @@ def deployment_options(config: ServeConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": config.drain_seconds,
         "health_check_period_s": 2,
         "health_check_timeout_s": 30,
+        "deployment_actors": [directory_config()] if config.prefix_routing else [],
     }

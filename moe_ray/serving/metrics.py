@@ -1,13 +1,17 @@
 """Metrics of one replica in Prometheus' text format, computed when somebody asks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from moe_ray.serving.engine.stats import EngineStats
 from moe_ray.serving.usage import Usage
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _PREFIX = "moe_serve_"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -33,11 +37,14 @@ class Metrics:
 
     Args:
         replica: the label of all of them.
+        counts: dataclasses of more numbers.
     """
 
-    def __init__(self, replica: str, stats: Callable[[], EngineStats]) -> None:
+    def __init__(
+        self, replica: str, stats: Callable[[], EngineStats], counts: "Sequence[DataclassInstance]" = ()
+    ) -> None:
         self._replica = replica
-        self._stats = stats
+        self._stats, self._counts = stats, counts
         self._registry = CollectorRegistry()
         self._registry.register(self)
         by_route = ("replica", "route")
@@ -79,9 +86,11 @@ class Metrics:
 
     def collect(self) -> Iterable[Metric]:
         """Called by the registry."""
-        stats = self._stats()
-        for field in fields(stats):
-            family = GaugeMetricFamily if field.name in _GAUGES else CounterMetricFamily
-            metric = family(_PREFIX + field.name, f"EngineStats.{field.name}.", labels=["replica"])
-            metric.add_metric([self._replica], getattr(stats, field.name))
-            yield metric
+        for numbers in (self._stats(), *self._counts):
+            for field in fields(numbers):
+                family = GaugeMetricFamily if field.name in _GAUGES else CounterMetricFamily
+                metric = family(
+                    _PREFIX + field.name, f"{type(numbers).__name__}.{field.name}.", labels=["replica"]
+                )
+                metric.add_metric([self._replica], getattr(numbers, field.name))
+                yield metric
