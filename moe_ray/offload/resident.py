@@ -1,0 +1,212 @@
+"""The experts that are in memory: a fixed number of slots for all layers, the least recently used given up first.
+
+An expert that a layer needs and that is not there is read before the layer goes on. Meanwhile, and while the
+layer computes, those that the next one will likely need are read ahead.
+
+Shapes: T tokens, K experts a token.
+"""
+
+import mmap
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_ray.errors import ConfigError
+from moe_ray.offload.expert_file import ExpertFile
+from moe_ray.offload.predictor import Predictor
+from moe_ray.offload.record import Record
+
+# Reads at a time; more did not make the disk faster.
+_READERS = 4
+# An expert is read ahead if it is as likely as this to be needed.
+_LEAST_LIKELY = 0.5
+
+Views = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class OffloadStats:
+    """Of experts that are read when they are needed; bytes held are now's, all else counts from the start.
+
+    Attributes:
+        expert_hits, expert_misses: experts that a step of a layer needed, by whether they were in memory or on
+            their way.
+        expert_prefetched, expert_prefetch_hits: experts that were read ahead, and those of them that were needed
+            before they were given up.
+        expert_bytes_read: from disk.
+        expert_bytes_held: of the experts in memory.
+        expert_wait_seconds: that steps waited for the disk.
+    """
+
+    expert_hits: int = 0
+    expert_misses: int = 0
+    expert_prefetched: int = 0
+    expert_prefetch_hits: int = 0
+    expert_bytes_read: int = 0
+    expert_bytes_held: int = 0
+    expert_wait_seconds: float = 0.0
+
+
+@dataclass
+class _Entry:
+    """An expert in a slot: whether it was read by a guess that nothing has confirmed yet, and its reading."""
+
+    slot: int
+    is_guess: bool
+    reading: Future[None]
+
+
+class ResidentExperts:
+    """Slots for the experts of a model. One thread calls all methods.
+
+    Args:
+        file: has the experts of all layers in order.
+        budget_bytes: of all slots.
+        prefetch: whether to read ahead.
+
+    Raises:
+        ConfigError: the budget does not hold the experts of a layer, all of which a step may need.
+    """
+
+    def __init__(
+        self,
+        file: ExpertFile,
+        record: Record,
+        num_layers: int,
+        num_experts: int,
+        budget_bytes: int,
+        prefetch: bool,
+    ) -> None:
+        least = num_experts * record.num_bytes
+        if budget_bytes < least:
+            raise ConfigError(
+                f"serve.expert_memory_bytes={budget_bytes} does not hold the {num_experts} experts of a layer.",
+                f"give at least {least}, or quantize the experts.",
+            )
+        self._file, self._record, self._num_experts = file, record, num_experts
+        num_slots = min(budget_bytes // record.num_bytes, num_layers * num_experts)
+        # Whole pages, which take memory only when they are first used.
+        self._memory = mmap.mmap(-1, num_slots * record.num_bytes)
+        slots = torch.frombuffer(self._memory, dtype=torch.uint8).view(num_slots, -1)
+        self._views = [record.views(slot) for slot in slots]
+        self._free = list(range(num_slots))
+        # By (layer, expert), the least recently used first.
+        self._entries: OrderedDict[tuple[int, int], _Entry] = OrderedDict()
+        self._readers = ThreadPoolExecutor(_READERS, "experts")
+        self._predictor = Predictor(num_layers, num_experts) if prefetch and num_layers > 1 else None
+        self._last: tuple[int, np.ndarray] = (-1, np.empty((0, 0)))
+        self._num_layers = num_layers
+        self._guesses: list[tuple[int, int]] = []
+        self._hits = self._misses = self._prefetched = self._prefetch_hits = self._read = 0
+        self._wait_seconds = 0.0
+
+    def acquire(self, layer: int, ids_TK: np.ndarray) -> Mapping[int, Views]:
+        """The weights of all experts that tokens chose in a layer, by expert; good until the next call.
+
+        Args:
+            layer: counted among the MoE layers.
+            ids_TK: the experts of each token; numbers from the number of experts on are none.
+
+        Raises:
+            CheckpointError: the file of the experts was damaged while it was used.
+            StorageError: it cannot be read.
+        """
+        chosen = [int(expert) for expert in np.unique(ids_TK) if expert < self._num_experts]
+        self._drop_guesses(layer, chosen)
+        self._find(layer, chosen)
+        self._wait(layer, chosen)
+        if self._predictor is not None:
+            self._read_ahead(self._predictor, layer, ids_TK, len(chosen))
+        return {expert: self._views[self._entries[layer, expert].slot] for expert in chosen}
+
+    def stats(self) -> OffloadStats:
+        """Counts since the start and bytes now."""
+        return OffloadStats(
+            expert_hits=self._hits,
+            expert_misses=self._misses,
+            expert_prefetched=self._prefetched,
+            expert_prefetch_hits=self._prefetch_hits,
+            expert_bytes_read=self._read * self._record.num_bytes,
+            expert_bytes_held=len(self._entries) * self._record.num_bytes,
+            expert_wait_seconds=self._wait_seconds,
+        )
+
+    def _find(self, layer: int, chosen: list[int]) -> None:
+        """Make these experts the most recently used; those that are missing are on their way then."""
+        known = [key for expert in chosen if (key := (layer, expert)) in self._entries]
+        for key in known:
+            entry = self._entries[key]
+            self._prefetch_hits += entry.is_guess
+            entry.is_guess = False
+            self._entries.move_to_end(key)
+        self._hits += len(known)
+        self._misses += len(chosen) - len(known)
+        # Whatever was chosen is behind what is given up: a layer has no more experts than there are slots.
+        for expert in chosen:
+            if (layer, expert) not in self._entries:
+                self._place(layer, expert, self._slot(), is_guess=False)
+
+    def _wait(self, layer: int, chosen: list[int]) -> None:
+        start = time.perf_counter()
+        for expert in chosen:
+            try:
+                self._entries[layer, expert].reading.result()
+            except Exception:
+                self._free.append(self._entries.pop((layer, expert)).slot)
+                raise
+        self._wait_seconds += time.perf_counter() - start
+
+    def _read_ahead(self, predictor: Predictor, layer: int, ids_TK: np.ndarray, num_chosen: int) -> None:
+        """Learn from what a layer chose, and begin to read what the next one will likely choose."""
+        last_layer, last_TK = self._last
+        if last_layer == layer - 1 and len(last_TK) == len(ids_TK):
+            predictor.learn(last_layer, last_TK, ids_TK)
+        self._last = layer, ids_TK.copy()
+        if layer + 1 == self._num_layers:
+            return
+        likelihood_E = predictor.likelihood(layer, ids_TK)
+        likely = [int(e) for e in np.argsort(-likelihood_E) if likelihood_E[e] >= _LEAST_LIKELY]
+        for expert in likely:
+            if (layer + 1, expert) in self._entries:
+                self._entries.move_to_end((layer + 1, expert))
+        missing = [expert for expert in likely if (layer + 1, expert) not in self._entries]
+        slots = [self._slot() for _ in missing[: len(self._views) - num_chosen]]
+        for expert, slot in zip(missing, slots, strict=False):
+            self._place(layer + 1, expert, slot, is_guess=True)
+            # If it was wrong it is the first to be given up.
+            self._entries.move_to_end((layer + 1, expert), last=False)
+            self._guesses.append((layer + 1, expert))
+        self._prefetched += len(slots)
+
+    def _drop_guesses(self, layer: int, chosen: list[int]) -> None:
+        """Take back what the readers have not begun and the layer does not need: they have better to do."""
+        for key in [key for key in self._guesses if key[0] == layer and key[1] not in chosen]:
+            entry = self._entries.get(key)
+            if entry is not None and entry.is_guess and entry.reading.cancel():
+                self._free.append(self._entries.pop(key).slot)
+                self._prefetched -= 1
+                self._read -= 1
+        self._guesses = []
+
+    def _place(self, layer: int, expert: int, slot: int, *, is_guess: bool) -> None:
+        begin, size = slot * self._record.num_bytes, self._record.num_bytes
+        memory = memoryview(self._memory)[begin : begin + size]
+        reading = self._readers.submit(self._file.read, layer * self._num_experts + expert, memory)
+        self._entries[layer, expert] = _Entry(slot, is_guess, reading)
+        self._read += 1
+
+    def _slot(self) -> int:
+        """One that is free, or that of the least recently used expert."""
+        if self._free:
+            return self._free.pop()
+        _, entry = self._entries.popitem(last=False)
+        # Nobody else may write to it.
+        if not entry.reading.cancel():
+            wait([entry.reading])
+        return entry.slot
