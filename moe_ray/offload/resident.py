@@ -172,11 +172,13 @@ class ResidentExperts:
             return
         likelihood_E = predictor.likelihood(layer, ids_TK)
         likely = [int(e) for e in np.argsort(-likelihood_E) if likelihood_E[e] >= _LEAST_LIKELY]
-        for expert in likely:
-            if (layer + 1, expert) in self._entries:
-                self._entries.move_to_end((layer + 1, expert))
         missing = [expert for expert in likely if (layer + 1, expert) not in self._entries]
-        slots = [self._slot() for _ in missing[: len(self._views) - num_chosen]]
+        for expert in likely:
+            if expert not in missing:
+                self._entries.move_to_end((layer + 1, expert))
+        # Neither what computes now nor what is likely next is given up.
+        room = len(self._views) - num_chosen - (len(likely) - len(missing))
+        slots = [self._slot() for _ in missing[: max(room, 0)]]
         for expert, slot in zip(missing, slots, strict=False):
             self._place(layer + 1, expert, slot, is_guess=True)
             # If it was wrong it is the first to be given up.
