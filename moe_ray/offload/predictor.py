@@ -41,5 +41,5 @@ class Predictor:
 
     def _chosen(self, ids_TK: np.ndarray) -> np.ndarray:
         chosen_TE = np.zeros((len(ids_TK), self._num_experts + 1), dtype=np.float32)
-        np.put_along_axis(chosen_TE, np.minimum(ids_TK, self._num_experts).astype(np.int64), 1, axis=1)
+        chosen_TE[np.arange(len(ids_TK))[:, None], np.minimum(ids_TK, self._num_experts)] = 1
         return chosen_TE[:, :-1]

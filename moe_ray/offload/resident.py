@@ -92,7 +92,8 @@ class ResidentExperts:
         self._file, self._record, self._num_experts = file, record, num_experts
         num_slots = min(budget_bytes // record.num_bytes, num_layers * num_experts)
         # Whole pages, which take memory only when they are first used.
-        self._memory = mmap.mmap(-1, num_slots * record.num_bytes)
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._memory = mmap.mmap(-1, num_slots * record.num_bytes, flags=private)
         slots = torch.frombuffer(self._memory, dtype=torch.uint8).view(num_slots, -1)
         self._views = [record.views(slot) for slot in slots]
         self._free = list(range(num_slots))
