@@ -8,9 +8,9 @@ biases fall with the logarithm of a rank, as in Zipf's law, which the token's ow
 are processes of their own that take turns, round after round, and must give the same tokens. The first round only
 warms up.
 
-The limit is what the disk allows, the bytes that were missing a token at the rate of reading experts at random with
-as many threads, or the tokens a second of the contestant that holds all experts. `mapped` is the rate at which page
-faults bring in experts of the same file, which is how a mapped model larger than memory would read them.
+The limit is what the disk allows, the bytes that were missing a token at the rate of reading experts at random
+with as many threads, or the tokens a second of the contestant that holds all experts. `mapped` is the rate at which
+page faults bring in experts of the same file, which is how a mapped model larger than memory would read them.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from moe_ray.config import ModelConfig
 from moe_ray.cpu import set_threads
 from moe_ray.data.tokenizer import train_tokenizer
 from moe_ray.models.hf.save import save_folder
+from moe_ray.models.top_k_router import TopKRouter
 from moe_ray.models.transformer import build_model
 from moe_ray.serve_config import ServeConfig
 
@@ -63,10 +64,11 @@ def write_model(folder: Path, zipf: float) -> None:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for moe in model.moe_modules():
+            router = cast(TopKRouter, moe.router)
             # Logits of variance 1 for normalised hidden states.
-            moe.router.weight.normal_(0, DIM**-0.5, generator=generator)
+            router.weight.normal_(0, DIM**-0.5, generator=generator)
             ranks = 1 + torch.randperm(NUM_EXPERTS, generator=generator)
-            moe.router.bias.copy_(-zipf * ranks.log())
+            cast(torch.Tensor, router.bias).copy_(-zipf * ranks.log())
     tokenizer.save(folder.parent / "tokenizer.json")
     content = (folder.parent / "tokenizer.json").read_bytes()
     save_folder(model, folder, tokenizer_json=content, sidecars={}, dtype=torch.float32)
@@ -257,12 +259,19 @@ def report(found: dict[str, Any]) -> None:
     for row in rows:
         row["limit"] = min(all_there, rates["read"] / max(row["bytes_per_token"], 1))
         name = "not offloaded" if row["budget"] is None else f"{row['budget']:.0%}"
-        accuracy = f"{row['prefetch_accuracy']:.0%}" if row["prefetched"] else ""
-        print(
-            f"| {name} | {'yes' if row['prefetch'] else 'no'} | {row['tokens_per_second']:.1f} "
-            f"| {row['limit']:.1f} | {row['hit_rate']:.0%} | {accuracy} | {row['bytes_per_token'] / MB:.1f} | {row['wait_share']:.0%} "
-            f"| {row['bytes_held'] / MB:.0f} | {row['anonymous'] / MB:.0f} |"
+        cells = (
+            name,
+            "yes" if row["prefetch"] else "no",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['limit']:.1f}",
+            f"{row['hit_rate']:.0%}" if row["budget"] else "",
+            f"{row['prefetch_accuracy']:.0%}" if row["prefetched"] else "",
+            f"{row['bytes_per_token'] / MB:.1f}",
+            f"{row['wait_share']:.0%}",
+            f"{row['bytes_held'] / MB:.0f}",
+            f"{row['anonymous'] / MB:.0f}",
         )
+        print(f"| {' | '.join(cells)} |")
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -66,8 +66,8 @@ class ServeConfig(Section):
     )
     expert_memory_bytes: PositiveInt | None = Field(
         None,
-        description="memory of a replica for experts, which are then read from disk when they are needed, for models "
-        "larger than memory, on CPUs; default: all experts are in memory",
+        description="memory of a replica for experts, which are then read from disk when they are needed, for "
+        "models larger than memory, on CPUs; default: all experts are in memory",
     )
     expert_prefetch: bool = Field(
         False, description="read experts ahead that the next layer will likely choose, by what it chose before"

@@ -113,7 +113,8 @@ def test_answers_are_those_of_a_model_in_memory(source, packs, dtype, quantize, 
     # To the last bit.
     assert generate(engine) == expected
     stats = engine.stats()
-    assert stats.expert_bytes_held == 10 * size
+    # Guesses that are taken back leave slots empty for a while.
+    assert 5 * size < stats.expert_bytes_held <= 10 * size
     assert stats.expert_hits > 0
     assert stats.expert_misses > NUM_LAYERS * NUM_EXPERTS / 2
     reads = stats.expert_misses + stats.expert_prefetched
@@ -305,15 +306,27 @@ class TestResidentExperts:
             expert: float(layer * 4 + expert) for expert in experts
         }
 
-    def test_the_least_recently_used_is_given_up(self, tmp_path):
-        resident = self.make(tmp_path, num_slots=4)
-        for layer, experts in ((0, (0, 1)), (1, (2, 3)), (0, (0, 1)), (2, (0, 1)), (0, (0, 1))):
-            self.check(resident, layer, *experts)
+    def test_what_is_used_least_is_given_up(self, tmp_path):
+        resident = self.make(tmp_path, num_slots=4, num_layers=2)
+        for step in range(10):
+            # Expert 0 of each layer always, and another in turn: the least recently used would be 0 itself.
+            for layer in range(2):
+                self.check(resident, layer, 0, 1 + step % 3)
         stats = resident.stats()
-        assert (stats.expert_hits, stats.expert_misses) == (4, 6)
+        assert stats.expert_hits == 2 * 9
+        assert stats.expert_misses == 2 * 11
         assert stats.expert_bytes_held == 4 * 4096
-        self.check(resident, 1, 2, 3)
-        assert resident.stats().expert_misses == 8
+
+    def test_what_is_no_longer_used_is_given_up(self, tmp_path):
+        resident = self.make(tmp_path, num_slots=4, num_layers=2)
+        for _ in range(100):
+            self.check(resident, 0, 0, 1, 2, 3)
+        for _ in range(200):
+            self.check(resident, 1, 0, 1)
+            self.check(resident, 0, 0)
+        misses = resident.stats().expert_misses
+        self.check(resident, 1, 0, 1)
+        assert resident.stats().expert_misses == misses
 
     @pytest.mark.parametrize("prefetch", [False, True])
     def test_any_order_gives_the_right_experts(self, tmp_path, prefetch):

@@ -1,14 +1,16 @@
-"""The experts that are in memory: a fixed number of slots for all layers, the least recently used given up first.
+"""The experts that are in memory: a fixed number of slots for all layers, the least used given up first.
+
+What counts is how often an expert was chosen, each time less the longer it was ago (LRFU, Lee et al. 2001). The
+least recently used would not do: layers take turns, so that it is just the one whose turn is next.
 
 An expert that a layer needs and that is not there is read before the layer goes on. Meanwhile, and while the
 layer computes, those that the next one will likely need are read ahead.
 
-Shapes: T tokens, K experts a token.
+Shapes: L MoE layers, E experts, T tokens, K experts a token.
 """
 
 import mmap
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -24,6 +26,8 @@ from moe_ray.offload.record import Record
 
 # Reads at a time; more did not make the disk faster.
 _READERS = 4
+# What a choice counts for after each further step of its layer.
+_DECAY = 0.98
 # An expert is read ahead if it is as likely as this to be needed.
 _LEAST_LIKELY = 0.5
 
@@ -97,8 +101,12 @@ class ResidentExperts:
         slots = torch.frombuffer(self._memory, dtype=torch.uint8).view(num_slots, -1)
         self._views = [record.views(slot) for slot in slots]
         self._free = list(range(num_slots))
-        # By (layer, expert), the least recently used first.
-        self._entries: OrderedDict[tuple[int, int], _Entry] = OrderedDict()
+        # By (layer, expert).
+        self._entries: dict[tuple[int, int], _Entry] = {}
+        self._use_LE = np.zeros((num_layers, num_experts))
+        self._is_there_LE = np.zeros((num_layers, num_experts), dtype=bool)
+        # What the current step of a layer needs or waits for is not given up.
+        self._is_kept_LE = np.zeros_like(self._is_there_LE)
         self._readers = ThreadPoolExecutor(_READERS, "experts")
         self._predictor = Predictor(num_layers, num_experts) if prefetch and num_layers > 1 else None
         self._last: tuple[int, np.ndarray] = (-1, np.empty((0, 0)))
@@ -119,11 +127,15 @@ class ResidentExperts:
             StorageError: it cannot be read.
         """
         chosen = [int(expert) for expert in np.unique(ids_TK) if expert < self._num_experts]
-        self._drop_guesses(layer, chosen)
+        self._use_LE[layer] *= _DECAY
+        self._use_LE[layer, chosen] += 1
+        self._is_kept_LE[:] = False
+        self._is_kept_LE[layer, chosen] = True
+        self._drop_guesses()
         self._find(layer, chosen)
         self._wait(layer, chosen)
         if self._predictor is not None:
-            self._read_ahead(self._predictor, layer, ids_TK, len(chosen))
+            self._read_ahead(self._predictor, layer, ids_TK)
         return {expert: self._views[self._entries[layer, expert].slot] for expert in chosen}
 
     def stats(self) -> OffloadStats:
@@ -139,19 +151,16 @@ class ResidentExperts:
         )
 
     def _find(self, layer: int, chosen: list[int]) -> None:
-        """Make these experts the most recently used; those that are missing are on their way then."""
-        known = [key for expert in chosen if (key := (layer, expert)) in self._entries]
-        for key in known:
-            entry = self._entries[key]
-            self._prefetch_hits += entry.is_guess
-            entry.is_guess = False
-            self._entries.move_to_end(key)
-        self._hits += len(known)
-        self._misses += len(chosen) - len(known)
-        # Whatever was chosen is behind what is given up: a layer has no more experts than there are slots.
+        """Begin to read what is missing."""
         for expert in chosen:
-            if (layer, expert) not in self._entries:
-                self._place(layer, expert, self._slot(), is_guess=False)
+            entry = self._entries.get((layer, expert))
+            if entry is None:
+                self._misses += 1
+                self._place(layer, expert, is_guess=False)
+            else:
+                self._hits += 1
+                self._prefetch_hits += entry.is_guess
+                entry.is_guess = False
 
     def _wait(self, layer: int, chosen: list[int]) -> None:
         start = time.perf_counter()
@@ -159,57 +168,57 @@ class ResidentExperts:
             try:
                 self._entries[layer, expert].reading.result()
             except Exception:
-                self._free.append(self._entries.pop((layer, expert)).slot)
+                self._remove(layer, expert)
                 raise
         self._wait_seconds += time.perf_counter() - start
 
-    def _read_ahead(self, predictor: Predictor, layer: int, ids_TK: np.ndarray, num_chosen: int) -> None:
+    def _read_ahead(self, predictor: Predictor, layer: int, ids_TK: np.ndarray) -> None:
         """Learn from what a layer chose, and begin to read what the next one will likely choose."""
         last_layer, last_TK = self._last
         if last_layer == layer - 1 and len(last_TK) == len(ids_TK):
             predictor.learn(last_layer, last_TK, ids_TK)
         self._last = layer, ids_TK.copy()
-        if layer + 1 == self._num_layers:
+        following = layer + 1
+        if following == self._num_layers:
             return
         likelihood_E = predictor.likelihood(layer, ids_TK)
-        likely = [int(e) for e in np.argsort(-likelihood_E) if likelihood_E[e] >= _LEAST_LIKELY]
-        missing = [expert for expert in likely if (layer + 1, expert) not in self._entries]
-        for expert in likely:
-            if expert not in missing:
-                self._entries.move_to_end((layer + 1, expert))
-        # Neither what computes now nor what is likely next is given up.
-        room = len(self._views) - num_chosen - (len(likely) - len(missing))
-        slots = [self._slot() for _ in missing[: max(room, 0)]]
-        for expert, slot in zip(missing, slots, strict=False):
-            self._place(layer + 1, expert, slot, is_guess=True)
-            # If it was wrong it is the first to be given up.
-            self._entries.move_to_end((layer + 1, expert), last=False)
-            self._guesses.append((layer + 1, expert))
-        self._prefetched += len(slots)
+        likely_E = likelihood_E >= _LEAST_LIKELY
+        self._is_kept_LE[following] = likely_E & self._is_there_LE[following]
+        room = len(self._views) - int(self._is_kept_LE.sum())
+        missing = [
+            int(e) for e in np.argsort(-likelihood_E) if likely_E[e] and not self._is_there_LE[following, e]
+        ]
+        for expert in missing[:room]:
+            self._is_kept_LE[following, expert] = True
+            self._place(following, expert, is_guess=True)
+            self._guesses.append((following, expert))
+            self._prefetched += 1
 
-    def _drop_guesses(self, layer: int, chosen: list[int]) -> None:
-        """Take back what the readers have not begun and the layer does not need: they have better to do."""
-        for key in [key for key in self._guesses if key[0] == layer and key[1] not in chosen]:
-            entry = self._entries.get(key)
-            if entry is not None and entry.is_guess and entry.reading.cancel():
-                self._free.append(self._entries.pop(key).slot)
+    def _drop_guesses(self) -> None:
+        """Take back what is not needed and no reader has begun: they have better to do."""
+        for key in self._guesses:
+            if not self._is_kept_LE[key] and self._entries[key].reading.cancel():
+                self._remove(*key)
                 self._prefetched -= 1
                 self._read -= 1
         self._guesses = []
 
-    def _place(self, layer: int, expert: int, slot: int, *, is_guess: bool) -> None:
-        begin, size = slot * self._record.num_bytes, self._record.num_bytes
-        memory = memoryview(self._memory)[begin : begin + size]
+    def _place(self, layer: int, expert: int, *, is_guess: bool) -> None:
+        """Begin to read an expert, in the place of another if no slot is free."""
+        if not self._free:
+            use_LE = np.where(self._is_there_LE & ~self._is_kept_LE, self._use_LE, np.inf)
+            self._remove(*divmod(int(use_LE.argmin()), self._num_experts))
+        slot, size = self._free.pop(), self._record.num_bytes
+        memory = memoryview(self._memory)[slot * size : (slot + 1) * size]
         reading = self._readers.submit(self._file.read, layer * self._num_experts + expert, memory)
         self._entries[layer, expert] = _Entry(slot, is_guess, reading)
+        self._is_there_LE[layer, expert] = True
         self._read += 1
 
-    def _slot(self) -> int:
-        """One that is free, or that of the least recently used expert."""
-        if self._free:
-            return self._free.pop()
-        _, entry = self._entries.popitem(last=False)
-        # Nobody else may write to it.
+    def _remove(self, layer: int, expert: int) -> None:
+        entry = self._entries.pop((layer, expert))
+        # Nobody may write to the slot when it has another expert.
         if not entry.reading.cancel():
             wait([entry.reading])
-        return entry.slot
+        self._is_there_LE[layer, expert] = False
+        self._free.append(entry.slot)
