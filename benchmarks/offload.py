@@ -9,8 +9,8 @@ are processes of their own that take turns, round after round, and must give the
 warms up.
 
 The limit is what the disk allows, the bytes that were missing a token at the rate of reading experts at random
-with as many threads, or the tokens a second of the contestant that holds all experts. `mapped` is the rate at which
-page faults bring in experts of the same file, which is how a mapped model larger than memory would read them.
+with as many threads, or the tokens a second of the contestant that holds all experts. `mapped` is the rate at
+which page faults bring in experts of the same file, which is how a mapped model larger than memory would read.
 """
 
 import argparse

@@ -156,41 +156,49 @@ def test_a_checkpoint_of_a_run_is_offloaded_expert_by_expert(tmp_path, packs):
     assert torch.equal(logits(loaded), expected)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="no limit of private memory")
+@pytest.mark.skipif(sys.platform != "linux", reason="nothing says how much memory is private")
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_a_model_larger_than_memory_is_loaded_and_served(tmp_path, packs, quantize):
     folder = make_model_folder(tmp_path, dim=256, num_layers=10, num_experts=16, expert_dim=1024)
-    budget = 60_000_000
     assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 500_000_000
+    budget = 60_000_000
     program = f"""
-import re, resource, sys
+import re, sys, threading
 from pathlib import Path
-from tests.test_offload import *
+from tests.test_offload import build_engine, generate, load_to_serve, settings, torch
+
+def private():
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+def watch():
+    while not ended.wait(0.005):
+        seen.append(private())
+
 torch.set_num_threads(1)
-budget = {budget} if sys.argv[1] == "offloaded" else None
-config = settings({str(packs)!r}, budget, quantize={quantize!r}, runner="native")
-torch.randn(64, 64) @ torch.randn(64, 64)
-used = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-limit = used + 250_000_000
-resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+config = settings({str(packs)!r}, {budget} if sys.argv[1] == "offloaded" else None, quantize={quantize!r})
+ended, seen, before = threading.Event(), [private()], private()
+watcher = threading.Thread(target=watch)
+watcher.start()
 engine = build_engine(load_to_serve({str(folder)!r}, config), config, 64)
-print(len(generate(engine, 2)), engine.stats().expert_bytes_held)
+texts = generate(engine, 2)
+ended.set()
+watcher.join()
+print(max(seen) - before, engine.stats().expert_bytes_held)
 """
 
     def serve(how):
         command = [sys.executable, "-c", program, how]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1], check=False
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[1], check=True
         )
+        return map(int, done.stdout.split())
 
-    done = serve("offloaded")
-    assert done.returncode == 0, done.stderr
-    texts, held = map(int, done.stdout.split())
-    assert texts == 2
+    grown, held = serve("offloaded")
     assert budget / 2 < held <= budget
-    # The limit is one that the whole model does not keep.
-    assert serve("whole").returncode != 0
+    assert grown < budget + 60_000_000
+    # What is measured is what a model in memory needs to be loaded.
+    assert next(serve("whole")) > 500_000_000
 
 
 @pytest.mark.parametrize("damage", ["truncated", "a bit"])
