@@ -157,11 +157,10 @@ def test_a_checkpoint_of_a_run_is_offloaded_expert_by_expert(tmp_path, packs):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing says how much memory is private")
-@pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_a_model_larger_than_memory_is_loaded_and_served(tmp_path, packs, quantize):
-    folder = make_model_folder(tmp_path, dim=256, num_layers=10, num_experts=16, expert_dim=1024)
-    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) > 500_000_000
-    budget = 60_000_000
+def test_a_model_larger_than_memory_is_loaded_and_served(tmp_path, packs):
+    folder = make_model_folder(tmp_path, dim=128, num_layers=10, num_experts=16, expert_dim=1024)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    budget = size // 6
     program = f"""
 import re, sys, threading
 from pathlib import Path
@@ -175,7 +174,7 @@ def watch():
         seen.append(private())
 
 torch.set_num_threads(1)
-config = settings({str(packs)!r}, {budget} if sys.argv[1] == "offloaded" else None, quantize={quantize!r})
+config = settings({str(packs)!r}, {budget} if sys.argv[1] == "offloaded" else None)
 ended, seen, before = threading.Event(), [private()], private()
 watcher = threading.Thread(target=watch)
 watcher.start()
@@ -196,9 +195,10 @@ print(max(seen) - before, engine.stats().expert_bytes_held)
 
     grown, held = serve("offloaded")
     assert budget / 2 < held <= budget
-    assert grown < budget + 60_000_000
     # What is measured is what a model in memory needs to be loaded.
-    assert next(serve("whole")) > 500_000_000
+    (whole, _) = serve("whole")
+    assert whole > size > 250_000_000
+    assert grown < size / 2
 
 
 @pytest.mark.parametrize("damage", ["truncated", "a bit"])
