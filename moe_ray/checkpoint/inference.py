@@ -81,6 +81,7 @@ def load_for_inference(
     Raises:
         CheckpointError: there is none, or it is damaged, or its architecture is not supported.
         ConfigError: the experts cannot be quantized or offloaded as asked.
+        StorageError: the file of offloaded experts cannot be opened.
     """
     opened = _open(source)
     path, config, manifest = opened.path, opened.config, opened.manifest

@@ -29,7 +29,7 @@ class ExpertFile:
         checksums: of the records, in the order of the file.
 
     Raises:
-        OSError: the file cannot be opened.
+        StorageError: the file cannot be opened.
     """
 
     def __init__(self, path: Path, record_bytes: int, checksums: list[int]) -> None:
@@ -79,7 +79,7 @@ def write_experts(path: Path, record: Record, experts: Iterable[dict[str, Tensor
                 file.write(memory.numpy().data)
             file.flush()
             # The kernel would keep what was written instead of what is used.
-            os.fdatasync(file.fileno())
+            os.fsync(file.fileno())
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         unfinished.replace(path)
@@ -99,9 +99,11 @@ def _open(path: Path) -> io.FileIO:
         return io.FileIO(path, opener=lambda name, flags: os.open(name, flags | _DIRECT))
     except OSError as error:
         # A file system without such reads, such as an old tmpfs.
-        if error.errno != errno.EINVAL:
-            raise
-        return io.FileIO(path)
+        if error.errno == errno.EINVAL:
+            return io.FileIO(path)
+        raise StorageError(
+            f"cannot open {str(path)!r}, the experts of a replica: {error}.", "start the replica again."
+        ) from error
 
 
 def _open_private(path: str, flags: int) -> int:

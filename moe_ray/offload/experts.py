@@ -103,7 +103,7 @@ def open_experts(model: Transformer, path: Path, budget_bytes: int, prefetch: bo
 
     Raises:
         ConfigError: the budget is too small.
-        OSError: the file cannot be opened.
+        StorageError: the file cannot be opened.
     """
     layers = list(offloaded_experts(model))
     record = layers[0].record
