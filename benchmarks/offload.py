@@ -17,7 +17,6 @@ import argparse
 import json
 import mmap
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -148,11 +147,11 @@ def generate(engine: Any, vocab_size: int, arguments: argparse.Namespace, seed: 
     """Tokens, seconds of decoding, and what the experts did meanwhile."""
     from moe_ray.serving.engine.request import Request, SamplingParams
 
-    rng = random.Random(seed)
+    rng = np.random.default_rng(seed)
     params = SamplingParams(temperature=0.0, max_tokens=arguments.new, ignore_eos=True, logprobs=0)
     tokens: dict[str, list[int]] = {str(number): [] for number in range(arguments.batch)}
     for name in tokens:
-        prompt = tuple(rng.randrange(vocab_size) for _ in range(arguments.prompt))
+        prompt = tuple(rng.integers(vocab_size, size=arguments.prompt).tolist())
         engine.submit(Request(f"{seed} {name}", prompt, params))
     start, before = time.perf_counter(), None
     while engine.has_work:
@@ -169,8 +168,8 @@ def generate(engine: Any, vocab_size: int, arguments: argparse.Namespace, seed: 
 
 def disk(path: Path, record_bytes: int) -> dict[str, float]:
     """Bytes a second of experts at random places, as a replica reads them and by page faults of a mapping."""
-    places = list(range(0, path.stat().st_size, record_bytes))
-    random.Random(0).shuffle(places)
+    count = path.stat().st_size // record_bytes
+    places = (record_bytes * np.random.default_rng(0).permutation(count)).tolist()
     found = {}
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_DIRECT), buffering=0) as file:
         buffers = [mmap.mmap(-1, record_bytes) for _ in range(READERS)]
