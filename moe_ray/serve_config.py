@@ -91,6 +91,14 @@ class ServeConfig(Section):
         description="folder of the files by which replicas of a node share the memory of their weights, private "
         'to the user; default: moe_ray/weights in XDG_CACHE_HOME or ~/.cache; "": each replica has its own copy',
     )
+    expert_memory_bytes: PositiveInt | None = Field(
+        None,
+        description="memory of a replica for experts, which are then read from disk when they are needed, for "
+        "models larger than memory, on CPUs; default: all experts are in memory",
+    )
+    expert_prefetch: bool = Field(
+        False, description="read experts ahead that the next layer will likely choose, by what it chose before"
+    )
     runner: Literal["auto", "native", "torch"] = Field(
         "auto",
         description="what computes tokens: native is C++ for CPUs, compiled at the first start; "
@@ -120,6 +128,16 @@ class ServeConfig(Section):
             raise ConfigError(
                 f"serve.min_replicas={self.min_replicas} is more than serve.max_replicas={self.max_replicas}.",
                 "raise serve.max_replicas or lower serve.min_replicas.",
+            )
+        if self.expert_memory_bytes is not None and (self.weights_folder == "" or self.gpus_per_replica):
+            raise ConfigError(
+                f"serve.expert_memory_bytes={self.expert_memory_bytes} needs a CPU and a file of the experts.",
+                'leave out serve.gpus_per_replica, and serve.weights_folder="".',
+            )
+        if self.expert_prefetch and self.expert_memory_bytes is None:
+            raise ConfigError(
+                "serve.expert_prefetch=true has no meaning while all experts are in memory.",
+                "set serve.expert_memory_bytes too.",
             )
         if self.audit_prompts and self.audit_log is None:
             raise ConfigError("serve.audit_prompts=true needs an audit log.", "set serve.audit_log too.")

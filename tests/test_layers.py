@@ -26,6 +26,7 @@ LAYERS = (
         "moe_ray.checkpoint",
         "moe_ray.storage",
         "moe_ray.analytics",
+        "moe_ray.offload",
         "moe_ray.telemetry",
         "moe_ray.serving.engine",
     ),

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,15 +11,17 @@ import torch
 from moe_ray.checkpoint.catalog import resolve_checkpoint
 from moe_ray.checkpoint.load import load_model
 from moe_ray.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest
-from moe_ray.checkpoint.packs import Origin, load_shared
+from moe_ray.checkpoint.offload import Read, load_offloaded
+from moe_ray.checkpoint.packs import Origin, experts_path, load_shared, pack_path
 from moe_ray.config import Config, DataConfig, build_config
 from moe_ray.data.tokenizer import Tokenizer, load_tokenizer
 from moe_ray.models.hf.config import is_hf_folder
-from moe_ray.models.hf.load import load_weights, open_folder, read_model_config, use_stored_dtypes
+from moe_ray.models.hf.load import OpenFolder, load_weights, open_folder, read_model_config, use_stored_dtypes
 from moe_ray.models.hf.sidecars import read_sidecars, token_ids
 from moe_ray.models.quantize import quantize_experts
 from moe_ray.models.router import Router
 from moe_ray.models.transformer import Transformer, materialize
+from moe_ray.offload.experts import offload_experts, open_experts
 from moe_ray.section import Dtype, Quantize
 
 
@@ -60,6 +63,8 @@ def load_for_inference(
     *,
     quantize: Quantize = "none",
     packs: Path | None = None,
+    expert_bytes: int | None = None,
+    prefetch: bool = False,
 ) -> InferenceModel:
     """Load a checkpoint, the newest good one of a run, or a Hugging Face folder.
 
@@ -70,10 +75,13 @@ def load_for_inference(
         dtype: of all other weights; None: as they are stored.
         quantize: weights of the experts in 8 or 4 bits.
         packs: on a CPU, folder by which processes share the weights, see `checkpoint.packs`; None: they do not.
+        expert_bytes: with `packs`, memory for experts, which are read when they are needed; None: all are there.
+        prefetch: whether to read experts ahead.
 
     Raises:
         CheckpointError: there is none, or it is damaged, or its architecture is not supported.
-        ConfigError: the experts cannot be quantized as asked.
+        ConfigError: the experts cannot be quantized or offloaded as asked.
+        StorageError: the file of offloaded experts cannot be opened.
     """
     opened = _open(source)
     path, config, manifest = opened.path, opened.config, opened.manifest
@@ -82,11 +90,7 @@ def load_for_inference(
     else:
         assert dtype is not None
         assert torch.device(device).type == "cpu"
-        skeleton = _skeleton(config, dtype)
-        if quantize != "none":
-            quantize_experts(skeleton, quantize)
-        origin = Origin(path, f"{dtype} {quantize}")
-        model = load_shared(packs, origin, skeleton, lambda: _load(opened, dtype, device, quantize))
+        model = _load_packed(opened, packs, dtype, quantize, expert_bytes, prefetch)
     sidecars = read_sidecars(path)
     tokenizer = load_tokenizer(path / TOKENIZER, opened.eos_id, _stop_ids(sidecars, config.model.vocab_size))
     step, digest = (manifest.step, manifest.data_digest) if manifest is not None else (0, "")
@@ -131,13 +135,42 @@ def _load(opened: _Opened, dtype: Dtype | None, device: torch.device | str, quan
     materialize(model, device)
     for moe in model.moe_modules():
         moe.router.init_state("")
-    if opened.manifest is not None:
-        load_model(opened.path, opened.manifest, model)
-    elif folder is not None:
-        load_weights(folder, model)
+    _reader(opened, folder)(model, lambda name: True)
     if quantize != "none":
         quantize_experts(model, quantize)
     return model.requires_grad_(False).eval()
+
+
+def _load_packed(
+    opened: _Opened, packs: Path, dtype: Dtype, quantize: Quantize, expert_bytes: int | None, prefetch: bool
+) -> Transformer:
+    """The model with its weights in a pack, and its experts in a file beside it if they have a budget."""
+    skeleton = _skeleton(opened.config, dtype)
+    if quantize != "none":
+        quantize_experts(skeleton, quantize)
+    if expert_bytes is None:
+        pack = pack_path(packs, origin := Origin(opened.path, f"{dtype} {quantize}"))
+        return load_shared(pack, origin, skeleton, lambda: _load(opened, dtype, "cpu", quantize))
+    offload_experts(skeleton)
+    pack = pack_path(packs, origin := Origin(opened.path, f"{dtype} {quantize} offloaded"))
+    path = experts_path(pack)
+
+    def load() -> Transformer:
+        model = _skeleton(opened.config, dtype)
+        folder = open_folder(opened.path, model) if opened.manifest is None else None
+        return load_offloaded(model, skeleton, path, quantize, _reader(opened, folder))
+
+    model = load_shared(pack, origin, skeleton, load)
+    open_experts(model, path, expert_bytes, prefetch)
+    return model
+
+
+def _reader(opened: _Opened, folder: OpenFolder | None) -> Read:
+    """Copies those tensors of a checkpoint or folder into a model whose names are wanted."""
+    if opened.manifest is not None:
+        return partial(load_model, opened.path, opened.manifest)
+    assert folder is not None
+    return partial(load_weights, folder)
 
 
 def _open(source: str | Path) -> _Opened:

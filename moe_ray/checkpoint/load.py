@@ -1,7 +1,7 @@
 """Read a checkpoint into the training state of any world: each rank reads only the boxes that it holds."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,22 @@ from moe_ray.parallel.mesh import Mesh
 _OTHER_SETTINGS = "use the model settings that the run was started with."
 
 
-def load_model(folder: Path, manifest: Manifest, model: Transformer) -> None:
-    """Copy the weights and buffers of verified files into a model that is whole on this process.
+def load_model(
+    folder: Path, manifest: Manifest, model: Transformer, is_wanted: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Copy the weights and buffers of verified files into a model that has all experts, or a share of them.
+
+    Args:
+        is_wanted: whether to copy a tensor, given its name.
 
     Raises:
         CheckpointError: the checkpoint is of another architecture.
     """
-    alone = Mesh(rank=0, world_size=1, ep=1, device=torch.device("cpu"))
-    load_shards(folder, manifest, "model", model_shards(model, alone))
+    experts = next(model.moe_modules()).experts
+    ep = model.config.num_experts // experts.num_local_experts
+    alone = Mesh(rank=0, world_size=ep, ep=ep, device=torch.device("cpu"))
+    shards = {name: shard for name, shard in model_shards(model, alone).items() if is_wanted(name)}
+    load_shards(folder, manifest, "model", shards)
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ for. safetensors maps a file privately: a page that nobody writes to is the one 
 processes map it, and who writes to one gets a copy of it. A process that replaces its model gives the old mapping
 back with the tensors.
 
+The experts of a model that is larger than memory lie in a file of their own beside the pack, which nobody maps.
+
 A pack is known by the names, sizes and times of its source's files. Whoever makes one first removes those whose
 source has other files by now or is gone, those that nobody has opened for a week, and what a killed one left.
 """
@@ -27,9 +29,10 @@ from torch import Tensor, nn
 
 from moe_ray.models import quantize
 from moe_ray.models.transformer import Transformer
+from moe_ray.offload.experts import offloaded_experts
 from moe_ray.private_folder import private_folder
 
-_SUFFIX, _UNFINISHED = ".safetensors", ".unfinished"
+_SUFFIX, _EXPERTS, _UNFINISHED = ".safetensors", ".experts", ".unfinished"
 _UNUSED_SECONDS = 7 * 24 * 3600.0
 # Packs of another layout are never opened, only removed.
 _FORMAT = 1
@@ -50,22 +53,33 @@ class Origin:
     variant: str
 
 
+def pack_path(folder: Path, origin: Origin) -> Path:
+    """Where the pack is, or will be."""
+    name = f"{_digest(origin, files_identity(origin.source))}{_SUFFIX}"
+    return Path(os.path.expanduser(folder)) / name
+
+
+def experts_path(pack: Path) -> Path:
+    """Where the offloaded experts are that belong to a pack."""
+    return pack.with_suffix(_EXPERTS)
+
+
 def load_shared(
-    folder: Path, origin: Origin, skeleton: Transformer, load: Callable[[], Transformer]
+    target: Path, origin: Origin, skeleton: Transformer, load: Callable[[], Transformer]
 ) -> Transformer:
-    """A model whose weights are mapped from a pack in `folder`, which is made first if need be.
+    """A model whose weights are mapped from the pack `target`, which is made first if need be.
 
     Processes that start together wait for the one that makes it. Without space or rights to write the weights are
     in this process's own memory, and the log says so.
 
     Args:
+        target: given by `pack_path`.
         skeleton: the model on the meta device, its tensors of the final types.
-        load: the same model with its weights, in memory.
+        load: the same model with its weights, in memory; it writes offloaded experts to `experts_path`.
     """
-    files = files_identity(origin.source)
+    files, folder = files_identity(origin.source), target.parent
     try:
-        folder = private_folder(folder)
-        target = folder / f"{_digest(origin, files)}{_SUFFIX}"
+        private_folder(folder)
         if _map(target, skeleton):
             return skeleton
         lock = (folder / "lock").open("w")
@@ -114,6 +128,9 @@ def _map(target: Path, skeleton: Transformer) -> bool:
     """Give the skeleton the tensors of a pack; False: there is none, or it is damaged."""
     if not target.exists():
         return False
+    if not _has_experts(target, skeleton):
+        _logger.warning("making %s anew, its experts are damaged", target)
+        return False
     try:
         with safe_open(target, framework="pt") as file:
             checksum = file.metadata()["checksum"]
@@ -134,6 +151,12 @@ def _map(target: Path, skeleton: Transformer) -> bool:
     with contextlib.suppress(OSError):
         os.utime(target)
     return True
+
+
+def _has_experts(target: Path, skeleton: Transformer) -> bool:
+    size = sum(experts.record.num_bytes * len(experts.checksum_E) for experts in offloaded_experts(skeleton))
+    path = experts_path(target)
+    return not size or (path.exists() and path.stat().st_size == size)
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -166,6 +189,9 @@ def _remove_stale(folder: Path) -> None:
     for path in folder.iterdir():
         if path.suffix == _UNFINISHED or (path.suffix == _SUFFIX and _is_stale(path)):
             _logger.info("removing %s", path)
+            path.unlink(missing_ok=True)
+    for path in folder.glob(f"*{_EXPERTS}"):
+        if not path.with_suffix(_SUFFIX).exists():
             path.unlink(missing_ok=True)
 
 

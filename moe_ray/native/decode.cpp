@@ -120,7 +120,7 @@ struct Layer {
     int64_t window;       // 0: none
     Matrix router;        // absent in a dense layer
     const float *router_bias, *expert_bias;
-    Matrix w_in, w_out;  // of all experts, one after another
+    const Matrix *w_in, *w_out;  // of each expert
     const float *b_in, *b_out;
     Matrix dense_in, dense_out;  // of a dense layer or the shared experts
     const float* shared_gate;
@@ -134,6 +134,9 @@ struct Model {
     int64_t num_experts, top_k, expert_dim, num_groups, num_limited_groups;
     float norm_eps, softmax_scale, clip_qkv, swiglu_alpha, swiglu_limit, route_scale;
     int32_t cache_type, norm_heads, norm_all_heads, activation, sigmoid, softmax_after_top_k, route_norm;
+    // Brings the experts of `count` ids into memory and points the matrices of the layer to them; 0: done. Absent if
+    // all of them are there.
+    int32_t (*acquire)(int64_t layer, const int32_t* ids, int64_t count);
 };
 
 // Spans of tokens, each of one sequence, as moe_ray/serving/engine/layout.py has them.
@@ -673,44 +676,48 @@ void experts(const Model& m, const Layer& layer, const float* h_TD, int64_t T, c
     Groups groups(ids_TK, E);
     int64_t N = groups.pairs.size();
     Buffer<float> hidden_NG(N * G), active_NF(N * F);
-    auto with_weight = [&](const Matrix& weight, auto function) {
-        // Those of a model in bfloat16 need not be exact.
-        if (m.cache_type == BFLOAT16) with_rounding(weight, function);
-        else with_exact(weight, function);
+    auto with_weight = [&](const Matrix* weights, auto function) {
+        // Those of a model in bfloat16 need not be exact. All experts are of one type.
+        if (m.cache_type == BFLOAT16) with_rounding(*weights, function);
+        else with_exact(*weights, function);
     };
     // Work in pieces of rows of those experts that were chosen.
     std::vector<std::pair<int64_t, int64_t>> pieces;
     for (int64_t e = 0; e < E; ++e)
         for (int64_t first = 0; first < G && groups.ends[e] < groups.ends[e + 1]; first += CHUNK)
             pieces.emplace_back(e, first);
-    with_weight(layer.w_in, [&](auto w) {
-        using Input = typename decltype(w)::Input;
+    with_weight(layer.w_in, [&](auto any) {
+        using Weight = decltype(any);
+        using Input = typename Weight::Input;
         Rows<Input> h(h_TD, T, D);
         std::vector<const Input*> x(N);
         for (int64_t i = 0; i < N; ++i) x[i] = h.at[groups.pairs[i] / K];
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (size_t piece = 0; piece < pieces.size(); ++piece) {
             auto [e, first] = pieces[piece];
-            int64_t begin = groups.ends[e], base = e * G;
-            dots(w, base + first, base + std::min(G, first + CHUNK), &x[begin], groups.ends[e + 1] - begin,
+            int64_t begin = groups.ends[e];
+            dots(Weight(layer.w_in[e]), first, std::min(G, first + CHUNK), &x[begin], groups.ends[e + 1] - begin,
                  [&](int64_t i, int64_t n, float value) {
-                     hidden_NG[(begin + i) * G + n - base] = value + (layer.b_in ? layer.b_in[n] : 0);
+                     hidden_NG[(begin + i) * G + n] = value + (layer.b_in ? layer.b_in[e * G + n] : 0);
                  });
         }
     });
 #pragma omp parallel for num_threads(threads) schedule(static) if (N > 8)
     for (int64_t i = 0; i < N; ++i) activate(m, &hidden_NG[i * G], F, &active_NF[i * F]);
-    with_weight(layer.w_out, [&](auto w) {
-        Rows<typename decltype(w)::Input> active(active_NF.data(), N, F);
+    with_weight(layer.w_out, [&](auto any) {
+        using Weight = decltype(any);
+        Rows<typename Weight::Input> active(active_NF.data(), N, F);
         // A thread owns columns of the result: several experts add to the same token.
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t first = 0; first < D; first += CHUNK)
             for (int64_t e = 0; e < E; ++e) {
-                int64_t begin = groups.ends[e], base = e * D, count = groups.ends[e + 1] - begin;
-                dots(w, base + first, base + std::min(D, first + CHUNK), &active.at[begin], count,
+                int64_t begin = groups.ends[e], count = groups.ends[e + 1] - begin;
+                if (!count) continue;
+                dots(Weight(layer.w_out[e]), first, std::min(D, first + CHUNK), &active.at[begin], count,
                      [&](int64_t i, int64_t n, float value) {
                          int64_t pair = groups.pairs[begin + i];
-                         x_TD[pair / K * D + n - base] += weights_TK[pair] * (value + (layer.b_out ? layer.b_out[n] : 0));
+                         float bias = layer.b_out ? layer.b_out[e * D + n] : 0;
+                         x_TD[pair / K * D + n] += weights_TK[pair] * (value + bias);
                      });
             }
     });
@@ -735,8 +742,8 @@ void dense(const Model& m, const Layer& layer, const float* h_TD, int64_t T, flo
 
 extern "C" {
 
-// Normalised final hidden states [T, D]; the new keys and values go to the cache.
-void forward(const Model* model, const Pass* pass, float* hidden_TD, int threads) {
+// Normalised final hidden states [T, D]; the new keys and values go to the cache. Not 0: experts are missing.
+int32_t forward(const Model* model, const Pass* pass, float* hidden_TD, int threads) {
     const Model& m = *model;
     int64_t T = pass->num_tokens, D = m.dim;
     Buffer<float> x(T * D), h(T * D), weights(T * m.top_k);
@@ -755,11 +762,13 @@ void forward(const Model* model, const Pass* pass, float* hidden_TD, int threads
         if (layer->router.data) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (T > 3)
             for (int64_t t = 0; t < T; ++t) route(m, *layer, &h[t * D], &ids[t * m.top_k], &weights[t * m.top_k]);
+            if (m.acquire && m.acquire(layer - m.layers, ids.data(), T * m.top_k)) return 1;
             experts(m, *layer, h.data(), T, ids, weights, x.data(), threads);
         }
         if (layer->dense_in.data) dense(m, *layer, h.data(), T, x.data(), threads);
     }
     normalise(m.norm, hidden_TD);
+    return 0;
 }
 
 // y [T, N] = x [T, D] w^T.

@@ -4,7 +4,7 @@ Shapes: T rows, N rows and D columns of a weight.
 """
 
 import ctypes
-from ctypes import Structure, c_int32, c_int64, c_void_p
+from ctypes import Array, Structure, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -33,6 +33,12 @@ def as_matrix(weight: Tensor, scales: Tensor | None = None) -> Matrix:
     rows = weight.numel() // weight.shape[-1]
     data = None if scales is None else scales.data_ptr()
     return Matrix(weight.data_ptr(), data, rows, columns, TYPES[weight.dtype])
+
+
+def as_matrices(weight_eND: Tensor, scales: Tensor | None = None) -> Array[Matrix]:
+    """The weights of all experts of a layer, where they lie."""
+    experts = [as_matrix(w_ND, None if scales is None else scales[e]) for e, w_ND in enumerate(weight_eND)]
+    return (Matrix * len(experts))(*experts)
 
 
 def multiply(matrix: Matrix, x_TD: Tensor) -> Tensor:

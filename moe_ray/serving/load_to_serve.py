@@ -12,9 +12,17 @@ def load_to_serve(source: str | Path, config: ServeConfig) -> InferenceModel:
 
     Raises:
         CheckpointError: as `load_for_inference`.
-        ConfigError: the experts cannot be quantized as asked.
+        ConfigError: the experts cannot be quantized or offloaded as asked.
     """
     device = "cuda" if config.gpus_per_replica else "cpu"
     folder = None if config.weights_folder is None else Path(config.weights_folder)
     packs = None if config.weights_folder == "" or device != "cpu" else folder or user_cache() / "weights"
-    return load_for_inference(source, config.dtype, device, quantize=config.quantize, packs=packs)
+    return load_for_inference(
+        source,
+        config.dtype,
+        device,
+        quantize=config.quantize,
+        packs=packs,
+        expert_bytes=config.expert_memory_bytes,
+        prefetch=config.expert_prefetch,
+    )

@@ -28,6 +28,7 @@ _GAUGES = {
     "response_cache_bytes",
     "response_memory_bytes",
     "response_disk_bytes",
+    "expert_bytes_held",
 }
 NO_KEY = "none"
 

@@ -1,6 +1,7 @@
 """Weights of a Hugging Face folder into our model; each rank reads only its share."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,10 +70,17 @@ def use_stored_dtypes(folder: OpenFolder, model: Transformer) -> None:
 
 
 @torch.no_grad()
-def load_weights(folder: OpenFolder, model: Transformer) -> None:
-    """Copy the weights of a folder, or this rank's share of them, over those of `model`, in its types."""
+def load_weights(
+    folder: OpenFolder, model: Transformer, is_wanted: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Copy the weights of a folder, or this rank's share of them, over those of `model`, in its types.
+
+    Args:
+        is_wanted: whether to copy a tensor of `model`, given its name.
+    """
     for piece in pieces(model, folder.architecture):
-        piece.load(folder.files.read(piece.name, piece.rows))
+        if is_wanted(piece.ours):
+            piece.load(folder.files.read(piece.name, piece.rows))
 
 
 def _check_files(files: WeightFiles, model: Transformer, architecture: Architecture) -> None:

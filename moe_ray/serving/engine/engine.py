@@ -15,6 +15,7 @@ import torch
 from moe_ray.config import ModelConfig
 from moe_ray.errors import ConfigError, RequestError
 from moe_ray.models.transformer import Transformer
+from moe_ray.offload.experts import offloaded_experts
 from moe_ray.serving.engine.blocks import BlockPool, root_digest
 from moe_ray.serving.engine.cache import (
     BLOCK_TOKENS,
@@ -111,6 +112,7 @@ class Engine:
         )
         self._cache = KVCache(model.config, num_blocks, BLOCK_TOKENS, weight.dtype, weight.device)
         self._runner = make_runner(model, self._cache, runner)
+        self._resident = next((experts.resident for experts in offloaded_experts(model)), None)
         block_bytes = bytes_per_block(model.config, weight.dtype)
         self._tiers = PrefixTiers(block_bytes, weight.dtype.itemsize, tiering) if tiering else None
         self._loading: set[Generation] = set()
@@ -129,6 +131,7 @@ class Engine:
         scheduler, pool = self._scheduler, self._pool
         return EngineStats(
             **(vars(self._tiers.stats()) if self._tiers else {}),
+            **(vars(self._resident.stats()) if self._resident else {}),
             waiting=scheduler.num_waiting + len(self._loading),
             running=len(scheduler.running),
             queued_tokens=scheduler.queued_tokens + sum(g.sequence.num_pending for g in self._loading),

@@ -5,10 +5,10 @@ Shapes: T tokens of the pass, D model dim, B rows that get a token, V vocabulary
 
 import ctypes
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_ray.models.attention import Attention
 from moe_ray.models.experts import GroupedExperts
@@ -20,9 +20,11 @@ from moe_ray.models.router import Router
 from moe_ray.models.top_k_router import TopKRouter
 from moe_ray.models.transformer import Block, Transformer
 from moe_ray.native.build import load
-from moe_ray.native.matrix import TYPES, Matrix, as_matrix, multiply
+from moe_ray.native.matrix import TYPES, Matrix, as_matrices, as_matrix, multiply
+from moe_ray.offload.experts import OffloadedExperts, offloaded_experts
 from moe_ray.serving.engine.cache import KVCache
 from moe_ray.serving.engine.layout import Layout
+from moe_ray.serving.engine.offloaded_layers import ACQUIRE, OffloadedLayers
 
 _ACTIVATIONS = ("swiglu", "swigluoai", "geglu", "gelu", "relu", "relu2")
 
@@ -41,8 +43,7 @@ _Layer = _struct(
     (c_int64, "window"),
     (Matrix, "router"),
     (c_void_p, "router_bias expert_bias"),
-    (Matrix, "w_in w_out"),
-    (c_void_p, "b_in b_out"),
+    (c_void_p, "w_in w_out b_in b_out"),
     (Matrix, "dense_in dense_out"),
     (c_void_p, "shared_gate"),
 )
@@ -55,6 +56,7 @@ _Model = _struct(
     (c_int64, "num_experts top_k expert_dim num_groups num_limited_groups"),
     (c_float, "norm_eps softmax_scale clip_qkv swiglu_alpha swiglu_limit route_scale"),
     (c_int32, "cache_type norm_heads norm_all_heads activation sigmoid softmax_after_top_k route_norm"),
+    (ACQUIRE, "acquire"),
 )
 _Pass = _struct(
     "_Pass",
@@ -89,6 +91,7 @@ class NativeRunner:
         self._config = model.config
         # Memory that the structures point to.
         self._kept: list[Any] = []
+        self._offloaded = OffloadedLayers(model.config.top_k)
         layers = [
             self._layer(block, index, cache)
             for index, block in enumerate(model.layers)
@@ -105,9 +108,12 @@ class NativeRunner:
         inputs = [tensor.contiguous() for tensor in inputs]
         pass_ = _Pass(*map(Tensor.data_ptr, inputs), len(tokens_T), len(layout.count_S), layout.tables_SB.shape[1])
         hidden_TD = torch.empty(len(tokens_T), self._config.dim)
-        self._library.forward(
+        missing = self._library.forward(
             ctypes.byref(self._model), ctypes.byref(pass_), c_void_p(hidden_TD.data_ptr()), torch.get_num_threads()
         )
+        if missing:
+            assert self._offloaded.failure is not None
+            raise self._offloaded.failure
         return hidden_TD
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
@@ -144,6 +150,7 @@ class NativeRunner:
             sigmoid=config.score_func == "sigmoid",
             softmax_after_top_k=config.softmax_after_top_k,
             route_norm=config.route_norm,
+            acquire=ACQUIRE(self._offloaded.acquire if any(offloaded_experts(model)) else 0),
         )
 
     def _layer(self, block: Block, index: int, cache: KVCache) -> Structure:
@@ -165,30 +172,38 @@ class NativeRunner:
             setattr(layer, f"w{name}", self._matrix(linear.weight))
             setattr(layer, f"b{name}", self._vector(linear.bias))
         if isinstance(ffn, MoE):
-            self._add_experts(layer, ffn)
+            self._add_experts(layer, ffn, index)
         feed_forward = ffn.shared if isinstance(ffn, MoE) else ffn
         if isinstance(feed_forward, FeedForward):
             layer.dense_in = self._matrix(feed_forward.w_in.weight)
             layer.dense_out = self._matrix(feed_forward.w_out.weight)
         return layer
 
-    def _add_experts(self, layer: Any, moe: MoE) -> None:
-        router, experts = moe.router, moe.experts
+    def _add_experts(self, layer: Any, moe: MoE, index: int) -> None:
+        router, experts = moe.router, cast(nn.Module, moe.experts)
         assert isinstance(router, TopKRouter)
         layer.router = self._matrix(router.weight.float())
         layer.router_bias, layer.expert_bias = self._vector(router.bias), self._vector(router.expert_bias_E)
-        if isinstance(experts, QuantizedExperts):
-            layer.w_in = self._matrix(experts.w_in_codes_e, experts.w_in_scales_e)
-            layer.w_out = self._matrix(experts.w_out_codes_e, experts.w_out_scales_e)
+        if isinstance(experts, OffloadedExperts):
+            matrices, biases = self._offloaded.add(index, experts), (experts.b_in_EG, experts.b_out_ED)
+        elif isinstance(experts, QuantizedExperts):
+            matrices = (
+                as_matrices(experts.w_in_codes_e, experts.w_in_scales_e),
+                as_matrices(experts.w_out_codes_e, experts.w_out_scales_e),
+            )
+            biases = experts.b_in_eG, experts.b_out_eD
         else:
             assert isinstance(experts, GroupedExperts)
-            layer.w_in, layer.w_out = self._matrix(experts.w_in_eGD), self._matrix(experts.w_out_eDF)
-        layer.b_in, layer.b_out = self._vector(experts.b_in_eG), self._vector(experts.b_out_eD)
+            matrices = as_matrices(experts.w_in_eGD), as_matrices(experts.w_out_eDF)
+            biases = experts.b_in_eG, experts.b_out_eD
+        self._kept += [experts, *matrices]
+        layer.w_in, layer.w_out = (ctypes.addressof(array) for array in matrices)
+        layer.b_in, layer.b_out = map(self._vector, biases)
         layer.shared_gate = self._vector(getattr(moe.shared_gate, "weight", None))
 
-    def _matrix(self, weight: Tensor, scales: Tensor | None = None) -> Matrix:
-        self._kept += [weight, scales]
-        return as_matrix(weight, scales)
+    def _matrix(self, weight: Tensor) -> Matrix:
+        self._kept.append(weight)
+        return as_matrix(weight)
 
     def _vector(self, weight: Tensor | None) -> int | None:
         """A copy in float32; None stays absent."""

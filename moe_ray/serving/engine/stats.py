@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from moe_ray.offload.resident import OffloadStats
+
 
 @dataclass(frozen=True)
 class TierStats:
@@ -55,7 +57,7 @@ class ResponseStats:
 
 
 @dataclass(frozen=True)
-class EngineStats(ResponseStats, TierStats):
+class EngineStats(OffloadStats, ResponseStats, TierStats):
     """A snapshot between two steps; the last seven count from the start of the engine.
 
     Attributes:
