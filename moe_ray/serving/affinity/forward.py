@@ -20,7 +20,7 @@ from yarl import URL
 from moe_ray.errors import RequestError
 from moe_ray.serving.affinity.chain import FIELDS, prefix_chain
 from moe_ray.serving.affinity.directory import DirectoryClient
-from moe_ray.serving.affinity.router import Choice
+from moe_ray.serving.affinity.router import TEXT_CHUNKS, Choice
 from moe_ray.serving.affinity.stats import AffinityStats
 from moe_ray.serving.openai.base import to_json
 from moe_ray.serving.openai.errors import error_body
@@ -43,6 +43,9 @@ class Forwarder:
         stats: counted up.
         is_free: whether a request with these headers may go elsewhere.
         sizes: bytes of the bodies for which the directory is asked.
+
+    Attributes:
+        load: chunks of work here that the directory does not know of.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Forwarder:
     ) -> None:
         self._app, self._directory, self._stats = app, directory, stats
         self._is_free, self._sizes = is_free, sizes
+        self.load = 0.0
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
@@ -80,7 +84,7 @@ class Forwarder:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         if not self._is_candidate(scope):
-            await self._app(scope, receive, send)
+            await self._answer_unasked(scope, receive, send)
             return
         messages = await _read(receive)
         body = _join(messages)
@@ -89,7 +93,7 @@ class Forwarder:
         choice = await self._directory.choose(chain) if chain else None
         if choice is None:
             self._stats.affinity_unasked += bool(chain)
-            await self._app(scope, again, send)
+            await self._answer_unasked(scope, again, send)
             return
         try:
             if choice.replica != self._directory.replica:
@@ -101,6 +105,14 @@ class Forwarder:
             await self._app(scope, again, send)
         finally:
             self._directory.finish(choice)
+
+    async def _answer_unasked(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = TEXT_CHUNKS if scope["type"] == "http" and _path(scope) in FIELDS else 0.0
+        self.load += work
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self.load -= work
 
     def _is_candidate(self, scope: Scope) -> bool:
         if scope["type"] != "http" or scope["method"] != "POST" or _path(scope) not in FIELDS:

@@ -11,7 +11,7 @@ from moe_ray.serving.access import identify
 from moe_ray.serving.affinity.directory import DirectoryClient
 from moe_ray.serving.affinity.forward import Forwarder
 from moe_ray.serving.affinity.listener import Listener
-from moe_ray.serving.affinity.router import Report, chunks_of_cache, chunks_of_work
+from moe_ray.serving.affinity.router import Report, chunks_of_cache
 from moe_ray.serving.affinity.stats import AffinityStats
 from moe_ray.serving.api_keys import ApiKey
 from moe_ray.serving.engine.cache import BLOCK_TOKENS
@@ -58,17 +58,16 @@ class Membership:
         has_tiers = config.prefix_memory_bytes > 0 or config.prefix_folder is not None
 
         def report() -> Report:
-            now = engine()
-            tokens = _TIERED_TOKENS if has_tiers else now.blocks_total * BLOCK_TOKENS
-            load = chunks_of_work(now.queued_tokens, now.running + now.waiting)
-            return Report(replica, listener.address, load, chunks_of_cache(tokens))
+            tokens = _TIERED_TOKENS if has_tiers else engine().blocks_total * BLOCK_TOKENS
+            return Report(replica, listener.address, forwarder.load, chunks_of_cache(tokens))
 
         def is_free(headers: Headers) -> bool:
             return _is_free(keys, headers)
 
         directory = DirectoryClient(replica, report)
         sizes = range(config.prefix_routing_bytes, config.max_body_bytes + 1)
-        return cls(Forwarder(app, directory, stats, is_free, sizes), directory, listener)
+        forwarder = Forwarder(app, directory, stats, is_free, sizes)
+        return cls(forwarder, directory, listener)
 
     async def end(self) -> None:
         """Leave the directory, and finish what others have handed over."""

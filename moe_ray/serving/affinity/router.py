@@ -19,18 +19,13 @@ from dataclasses import dataclass, field
 
 _CHUNK_TOKENS = 64
 # A text that is being generated slows a prompt beside it as this many chunks of prompts do.
-_TEXT_CHUNKS = 4.0
+TEXT_CHUNKS = 4.0
 # What handing a request to another replica must save at least. A hop takes less time, but the proxy has chosen by
 # load already: that one text more runs here than there shall move nothing.
 _HOP_CHUNKS = 4.0
 # A replica that has not reported for so long is gone, in seconds. One that is dead is found sooner, as it refuses
 # connections; one that is only busy shall not be forgotten with its cache.
 _SILENCE = 10.0
-
-
-def chunks_of_work(queued_tokens: int, texts: int) -> float:
-    """Of an engine that has `queued_tokens` to compute and as many texts in all."""
-    return queued_tokens / _CHUNK_TOKENS + _TEXT_CHUNKS * texts
 
 
 def chunks_of_cache(tokens: int) -> int:
@@ -45,7 +40,7 @@ class Report:
     Attributes:
         replica: its name.
         address: host:port where others reach it.
-        load: chunks of work that its engine has accepted and not done.
+        load: chunks of work that it has and that did not come through the router.
         capacity: chunks that its cache has room for.
     """
 
@@ -76,25 +71,21 @@ class _Replica:
     """What is believed of a replica.
 
     Attributes:
-        other: its work that did not come through this router.
-        given: the work that did and is not finished, by asker.
+        given: work that came through the router and is not finished, by asker.
         known: the links of its cache, oldest first.
     """
 
     report: Report
     seen: float = 0.0
-    other: float = 0.0
     given: dict[str, float] = field(default_factory=dict)
     known: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
     @property
     def load(self) -> float:
-        return self.other + sum(self.given.values())
+        return self.report.load + sum(self.given.values())
 
     def take(self, report: Report, now: float) -> None:
         self.report, self.seen = report, now
-        # What was given is told when it ends, and this only at times: only the rest may be out of date.
-        self.other = max(report.load - sum(self.given.values()), 0.0)
         self.trim()
 
     def count_known(self, chain: Sequence[int]) -> int:
@@ -152,7 +143,7 @@ class PrefixRouter:
             return self._replicas[name].load + len(chain) - known[name] + hop, name != asker
 
         best = min(self._replicas, key=cost)
-        work = _TEXT_CHUNKS + len(chain) - known[best]
+        work = TEXT_CHUNKS + len(chain) - known[best]
         replica = self._replicas[best]
         replica.learn(chain)
         replica.given[asker] = replica.given.get(asker, 0.0) + work
