@@ -55,6 +55,8 @@ def use_stored_dtypes(folder: OpenFolder, model: Transformer) -> None:
     """Give each tensor of a model on the meta device the type in which the folder stores it."""
     dtypes: dict[str, torch.dtype] = {}
     for piece in pieces(model, folder.architecture):
+        if piece.is_quantized:
+            continue
         stored = folder.files.dtype(piece.name)
         # Of parts of different types, the wider holds both.
         dtypes[piece.ours] = torch.promote_types(dtypes.get(piece.ours, stored), stored)
@@ -72,12 +74,15 @@ def use_stored_dtypes(folder: OpenFolder, model: Transformer) -> None:
 def load_weights(folder: OpenFolder, model: Transformer) -> None:
     """Copy the weights of a folder, or this rank's share of them, over those of `model`, in its types."""
     for piece in pieces(model, folder.architecture):
-        piece.load(folder.files.read(piece.name, piece.rows))
+        if piece.is_quantized:
+            piece.load(folder.files.read_exact(piece.name, piece.view.dtype))
+        else:
+            piece.load(folder.files.read(piece.name, piece.rows))
 
 
 def _check_files(files: WeightFiles, model: Transformer, architecture: Architecture) -> None:
     """Raise a CheckpointError unless the files hold the whole of `model`, and nothing else that matters."""
-    shapes = stored_shapes(model.config, architecture)
+    shapes = stored_shapes(model, architecture)
     num_layers, is_tied = model.config.num_layers, model.config.tie_embeddings
 
     def is_skipped(name: str) -> bool:
