@@ -16,10 +16,10 @@ from typing import Any, cast, get_args
 import torch
 
 from jobs.cli import exit_on_error
+from moe_ray.checkpoint.export import export_folder
 from moe_ray.checkpoint.inference import load_for_inference, stored_scheme
 from moe_ray.errors import ConfigError
-from moe_ray.models.hf.save import MAX_SHARD_BYTES, check_free, save_folder
-from moe_ray.models.hf.sidecars import TOKENIZER_FILE, complete_sidecars, read_sidecars
+from moe_ray.models.hf.save import MAX_SHARD_BYTES, check_free
 from moe_ray.models.quantize import Scheme
 from moe_ray.section import Dtype, Quantize
 
@@ -40,21 +40,8 @@ def main(source: str, out: str, options: list[str]) -> None:
     # Quantized, experts come from weights that are rounded already, as in an endpoint.
     dtype = chosen.dtype if chosen.quantize != "none" else None
     loaded = load_for_inference(source, dtype, quantize=chosen.quantize)
-    tokenizer_json = (loaded.path / TOKENIZER_FILE).read_bytes()
-    sidecars = complete_sidecars(
-        read_sidecars(loaded.path),
-        tokenizer_json,
-        loaded.tokenizer.eos_id,
-        loaded.model.config.max_sequence_length,
-    )
-    architecture = save_folder(
-        loaded.model,
-        folder,
-        tokenizer_json=tokenizer_json,
-        sidecars=sidecars,
-        dtype=getattr(torch, chosen.dtype) if chosen.dtype and chosen.quantize == "none" else None,
-        max_shard_bytes=chosen.max_shard_bytes,
-    )
+    written_as = getattr(torch, chosen.dtype) if chosen.dtype and chosen.quantize == "none" else None
+    architecture = export_folder(loaded, folder, dtype=written_as, max_shard_bytes=chosen.max_shard_bytes)
     kind = "" if chosen.quantize == "none" else f", experts in {chosen.quantize}"
     print(f"{loaded.path}, step {loaded.step}, as {architecture.model_class}{kind}")
     print(folder)

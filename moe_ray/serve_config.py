@@ -64,6 +64,10 @@ class ServeConfig(Section):
         description="folder of the files by which replicas of a node share the memory of their weights, private "
         'to the user; default: moe_ray/weights in XDG_CACHE_HOME or ~/.cache; "": each replica has its own copy',
     )
+    engine: Literal["moe_ray", "vllm"] = Field(
+        "moe_ray",
+        description="what generates: vllm is for GPUs, needs the extra 'vllm' and only generates, see docs/api.md",
+    )
     runner: Literal["auto", "native", "torch"] = Field(
         "auto",
         description="what computes tokens: native is C++ for CPUs, compiled at the first start; "

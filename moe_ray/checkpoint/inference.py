@@ -69,6 +69,7 @@ def load_for_inference(
     Args:
         source: folder of a run, of a checkpoint, or with a config.json and safetensors.
         dtype: of all other weights; None: as they are stored.
+        device: where they are; meta: nowhere, they have only shapes.
         quantize: weights of the experts in 8 or 4 bits; those that a folder has so already stay as they are.
         packs: on a CPU, folder by which processes share the weights, see `checkpoint.packs`; None: they do not.
 
@@ -79,7 +80,9 @@ def load_for_inference(
     opened = _open(source)
     path, config, manifest = opened.path, opened.config, opened.manifest
     quantize = _agreed(opened, quantize)
-    if packs is None:
+    if torch.device(device).type == "meta":
+        model = _skeleton(config, dtype, quantize).eval()
+    elif packs is None:
         model = _load(opened, dtype, device, quantize)
     else:
         assert dtype is not None

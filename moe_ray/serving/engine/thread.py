@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 from moe_ray.errors import RequestError
 from moe_ray.serving.engine.engine import Engine
 from moe_ray.serving.engine.request import Chunk, FinishReason, Request
+from moe_ray.serving.engine.service import EngineService
 from moe_ray.serving.engine.stats import EngineStats
 
 _logger = logging.getLogger(__name__)
@@ -196,7 +197,9 @@ class Stream:
         RequestError: on iteration, the engine stopped (503), the model failed (500) or the deadline passed (504).
     """
 
-    def __init__(self, thread: EngineThread, requests: Sequence[Request], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, thread: EngineService, requests: Sequence[Request], loop: asyncio.AbstractEventLoop
+    ) -> None:
         self._thread = thread
         self._loop = loop
         self._index = {request.id: index for index, request in enumerate(requests)}
