@@ -86,20 +86,20 @@ def ours(folder: Path) -> Any:
 
 
 @contextlib.contextmanager
-def serving(source: Path, cache: Path, *fields: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
+def serving(source: Path, cache: Path, *fields: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[bytes]]]:
     """A client of an endpoint on vLLM that is ready, and its process."""
     port = free_port()
     command = [str(PYTHON), "-m", "tests.vllm_server", str(source), str(port), *fields]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"XDG_CACHE_HOME": str(cache)}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=START_SECONDS) as client:
             until(lambda: process.poll() is not None or is_ready(client), START_SECONDS)
             yield client, process
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.wait(120)
 
 
 def is_ready(client: httpx.Client) -> bool:
@@ -128,7 +128,8 @@ def counts(client: httpx.Client) -> dict[str, float]:
 
 SAME = {
     "greedy": {"max_tokens": 40},
-    "many prompts": {"prompt": ["the cat", "naïve 東京", [5, 6, 7, 8]], "n": 1},
+    "many prompts": {"prompt": ["the cat", "naïve 東京", "saw"]},
+    "token ids": {"prompt": [[5, 6, 7, 8], [9]]},
     "stop string": {"max_tokens": 60, "stop": ["e", "a", "t"]},
     "ignore_eos": {"ignore_eos": True, "max_tokens": 100},
     "penalties": {"presence_penalty": 1.5, "frequency_penalty": 1.0, "repetition_penalty": 1.3},

@@ -1,5 +1,6 @@
 """An endpoint on vLLM, run in its environment: `python -m tests.vllm_server FOLDER PORT [FIELD=VALUE …]`."""
 
+import signal
 import sys
 
 import uvicorn
@@ -16,12 +17,13 @@ def main(folder: str, port: str, *fields: str) -> None:
     """Serve until the process is told to end."""
     config = build_config({}, [f"serve.{field}" for field in ("engine=vllm", *fields)]).serve
     set_threads(1)
+    # uvicorn sends itself the signal again when it has ended.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     service = CompletionService(load_to_serve(folder, config), config)
     try:
         uvicorn.run(make_app(service), host="127.0.0.1", port=int(port), log_level="warning")
     finally:
         service.close()
-        print("closed", flush=True)
 
 
 # vLLM's process imports this file again.

@@ -61,7 +61,7 @@ class VllmEngine:
         self._running: set[str] = set()
         self._counts = dict.fromkeys(("prompt_tokens", "generated_tokens", "missed_deadlines"), 0)
         # Of the event loop alone.
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._tasks: dict[str, asyncio.Task[Chunk]] = {}
         self._loop = asyncio.new_event_loop()
         started: Future[Any] = Future()
         arguments = engine_arguments(folder, model, config, max_context)
@@ -148,30 +148,30 @@ class VllmEngine:
         self._loop.close()
 
     def _start(self, request: Request, stream: Stream) -> None:
-        task = self._loop.create_task(self._answer(request, stream))
+        task = self._loop.create_task(self._generate(request, stream))
         self._tasks[request.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(request.id, None))
+        task.add_done_callback(lambda task: self._end(request, stream, task))
 
     def _cancel(self, request_id: str) -> None:
         if task := self._tasks.get(request_id):
             task.cancel()
 
-    async def _answer(self, request: Request, stream: Stream) -> None:
-        """Generate one text; its last chunk, or an error, ends the stream."""
-        try:
-            last: Chunk | RequestError = await self._generate(request, stream)
-        except asyncio.CancelledError:
-            # Nobody reads any more, unless all of this stops.
-            last = _unavailable("the engine has stopped.")
-        except Exception as error:
-            last = self._failure(error)
+    def _end(self, request: Request, stream: Stream, task: asyncio.Task[Chunk]) -> None:
+        """The last chunk, or an error, ends the stream, also if the task was cancelled before it began."""
+        del self._tasks[request.id]
         # Before it ends for the client, who may come back at once.
         with self._lock:
-            self._unfinished.pop(request.id, None)
+            del self._unfinished[request.id]
             self._running.discard(request.id)
-        stream.put_threadsafe([last])
+        if task.cancelled():
+            # Nobody reads any more, unless all of this stops.
+            stream.put_threadsafe([_unavailable("the engine has stopped.")])
+        else:
+            error = task.exception()
+            stream.put_threadsafe([task.result() if error is None else self._failure(error)])
 
     async def _generate(self, request: Request, stream: Stream) -> Chunk:
+        """Pass on all chunks of a text but the last, which is returned."""
         generation = Generation(request, self._tokenizer)
         seconds = None if request.deadline is None else request.deadline - time.monotonic()
         try:
@@ -212,7 +212,7 @@ class VllmEngine:
                 break
         return chunks
 
-    def _failure(self, error: Exception) -> RequestError:
+    def _failure(self, error: BaseException) -> RequestError:
         if self._llm.errored:
             with self._lock:
                 self._accepting = False
