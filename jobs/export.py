@@ -1,62 +1,77 @@
 """Write a model as a Hugging Face folder, which transformers and vLLM load.
 
-usage: python jobs/export.py RUN_OR_CHECKPOINT_OR_FOLDER OUT_DIR [dtype=float32|bfloat16] [max_shard_bytes=N]
+usage: python jobs/export.py RUN_OR_CHECKPOINT_OR_FOLDER OUT_DIR [dtype=float32|bfloat16] [quantize=int8|int4]
+           [max_shard_bytes=N]
 
 OUT_DIR must not exist; it appears whole or not at all. Without `dtype`, weights are written as they are stored: in
-float32 from a run, and unchanged from a Hugging Face folder.
+float32 from a run, and unchanged from a Hugging Face folder. With `quantize` the experts have the weights that
+`serve.quantize` gives them at each start; only moe_ray reads those.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast, get_args
 
 import torch
 
 from jobs.cli import exit_on_error
-from moe_ray.checkpoint.inference import load_for_inference
+from moe_ray.checkpoint.export import export_folder
+from moe_ray.checkpoint.inference import load_for_inference, stored_scheme
 from moe_ray.errors import ConfigError
-from moe_ray.models.hf.save import MAX_SHARD_BYTES, check_free, save_folder
-from moe_ray.models.hf.sidecars import TOKENIZER_FILE, complete_sidecars, read_sidecars
+from moe_ray.models.hf.save import MAX_SHARD_BYTES, check_free
+from moe_ray.models.quantize import Scheme
+from moe_ray.section import Dtype, Quantize
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+@dataclass(frozen=True)
+class _Options:
+    dtype: Dtype | None = None
+    quantize: Quantize = "none"
+    max_shard_bytes: int = MAX_SHARD_BYTES
 
 
 def main(source: str, out: str, options: list[str]) -> None:
     """Export and print what was written."""
-    dtype, max_shard_bytes = _parse(options)
+    chosen = _parse(options)
     folder = Path(out).expanduser().resolve()
     check_free(folder)
-    loaded = load_for_inference(source, dtype=None)
-    tokenizer_json = (loaded.path / TOKENIZER_FILE).read_bytes()
-    sidecars = complete_sidecars(
-        read_sidecars(loaded.path),
-        tokenizer_json,
-        loaded.tokenizer.eos_id,
-        loaded.model.config.max_sequence_length,
-    )
-    architecture = save_folder(
-        loaded.model,
-        folder,
-        tokenizer_json=tokenizer_json,
-        sidecars=sidecars,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-    )
-    print(f"{loaded.path}, step {loaded.step}, as {architecture.model_class}")
+    _check_not_quantized(source)
+    # Quantized, experts come from weights that are rounded already, as in an endpoint.
+    dtype = chosen.dtype if chosen.quantize != "none" else None
+    loaded = load_for_inference(source, dtype, quantize=chosen.quantize)
+    written_as = getattr(torch, chosen.dtype) if chosen.dtype and chosen.quantize == "none" else None
+    architecture = export_folder(loaded, folder, dtype=written_as, max_shard_bytes=chosen.max_shard_bytes)
+    kind = "" if chosen.quantize == "none" else f", experts in {chosen.quantize}"
+    print(f"{loaded.path}, step {loaded.step}, as {architecture.model_class}{kind}")
     print(folder)
 
 
-def _parse(options: list[str]) -> tuple[torch.dtype | None, int]:
+def _check_not_quantized(source: str) -> None:
+    scheme = stored_scheme(source)
+    if scheme != "none":
+        raise ConfigError(f"{source!r} has experts in {scheme} already.", "export the model that it was made of.")
+
+
+def _parse(options: list[str]) -> _Options:
     given = dict(option.partition("=")[::2] for option in options)
-    dtype, max_shard_bytes = given.pop("dtype", None), given.pop("max_shard_bytes", str(MAX_SHARD_BYTES))
+    dtype, quantize = given.pop("dtype", None), given.pop("quantize", "none")
+    max_shard_bytes = given.pop("max_shard_bytes", str(MAX_SHARD_BYTES))
     if given:
-        raise ConfigError(f"unknown option {next(iter(given))!r}.", "use dtype or max_shard_bytes.")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not allowed.", f"use one of {', '.join(_DTYPES)}.")
+        raise ConfigError(f"unknown option {next(iter(given))!r}.", "use dtype, quantize or max_shard_bytes.")
+    _check_one_of("dtype", dtype, (None, *get_args(Dtype)))
+    _check_one_of("quantize", quantize, ("none", *get_args(Scheme)))
     if not max_shard_bytes.isdecimal() or int(max_shard_bytes) == 0:
         raise ConfigError(
             f"max_shard_bytes={max_shard_bytes!r} is no positive number.", "give bytes, such as 5000000000."
         )
-    return None if dtype is None else _DTYPES[dtype], int(max_shard_bytes)
+    return _Options(cast(Any, dtype), cast(Any, quantize), int(max_shard_bytes))
+
+
+def _check_one_of(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(choice for choice in allowed if choice is not None)
+        raise ConfigError(f"{name}={value!r} is not allowed.", f"use one of {choices}.")
 
 
 if __name__ == "__main__":

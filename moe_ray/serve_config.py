@@ -99,6 +99,10 @@ class ServeConfig(Section):
     expert_prefetch: bool = Field(
         False, description="read experts ahead that the next layer will likely choose, by what it chose before"
     )
+    engine: Literal["moe_ray", "vllm"] = Field(
+        "moe_ray",
+        description="what generates: vllm is for GPUs, needs the extra 'vllm' and only generates, see docs/api.md",
+    )
     runner: Literal["auto", "native", "torch"] = Field(
         "auto",
         description="what computes tokens: native is C++ for CPUs, compiled at the first start; "

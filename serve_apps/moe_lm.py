@@ -15,6 +15,7 @@ from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.api_keys import load_keys
 from moe_ray.serving.deployment import make_application
 from moe_ray.serving.engine.engine import check_faithful
+from moe_ray.serving.vllm_folder import check_vllm
 from moe_ray.storage import open_storage
 
 _KEYS = ["checkpoint", *(f"serve.{field}" for field in ServeConfig.model_fields)]
@@ -44,6 +45,8 @@ def build(args: dict[str, str]) -> Application:
     overrides = [f"{key}={value}" for key, value in args.items() if key != "checkpoint"]
     config = build_config(settings.model_dump(mode="json"), overrides)
     check_faithful(config.model, config.serve.allow_unfaithful_routing)
+    if config.serve.engine == "vllm":
+        check_vllm(config.serve, config.model)
     # Told here in one line; a replica would be started again and again.
     load_keys(config.serve.api_keys_file)
     if not config.serve.follow:

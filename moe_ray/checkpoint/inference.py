@@ -15,10 +15,11 @@ from moe_ray.checkpoint.offload import Read, load_offloaded
 from moe_ray.checkpoint.packs import Origin, experts_path, load_shared, pack_path
 from moe_ray.config import Config, DataConfig, build_config
 from moe_ray.data.tokenizer import Tokenizer, load_tokenizer
-from moe_ray.models.hf.config import is_hf_folder
+from moe_ray.errors import ConfigError
+from moe_ray.models.hf.config import is_hf_folder, read_quantization, read_tree
 from moe_ray.models.hf.load import OpenFolder, load_weights, open_folder, read_model_config, use_stored_dtypes
 from moe_ray.models.hf.sidecars import read_sidecars, token_ids
-from moe_ray.models.quantize import quantize_experts
+from moe_ray.models.quantize import quantize_experts, scheme_of
 from moe_ray.models.router import Router
 from moe_ray.models.transformer import Transformer, materialize
 from moe_ray.offload.experts import offload_experts, open_experts
@@ -73,19 +74,23 @@ def load_for_inference(
     Args:
         source: folder of a run, of a checkpoint, or with a config.json and safetensors.
         dtype: of all other weights; None: as they are stored.
-        quantize: weights of the experts in 8 or 4 bits.
+        device: where they are; meta: nowhere, they have only shapes.
+        quantize: weights of the experts in 8 or 4 bits; those that a folder has so already stay as they are.
         packs: on a CPU, folder by which processes share the weights, see `checkpoint.packs`; None: they do not.
         expert_bytes: with `packs`, memory for experts, which are read when they are needed; None: all are there.
         prefetch: whether to read experts ahead.
 
     Raises:
         CheckpointError: there is none, or it is damaged, or its architecture is not supported.
-        ConfigError: the experts cannot be quantized or offloaded as asked.
+        ConfigError: the experts cannot be quantized or offloaded as asked, or are quantized in another way.
         StorageError: the file of offloaded experts cannot be opened.
     """
     opened = _open(source)
     path, config, manifest = opened.path, opened.config, opened.manifest
-    if packs is None:
+    quantize = _agreed(opened, quantize)
+    if torch.device(device).type == "meta":
+        model = _skeleton(config, dtype, quantize).eval()
+    elif packs is None:
         model = _load(opened, dtype, device, quantize)
     else:
         assert dtype is not None
@@ -107,6 +112,15 @@ def resolve_source(source: str | Path) -> tuple[Path, Config]:
     return opened.path, opened.config
 
 
+def stored_scheme(source: str | Path) -> Quantize:
+    """How the experts of what `load_for_inference` would load are quantized already; only folders can be.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    return _open(source).quantize
+
+
 @dataclass(frozen=True)
 class _Opened:
     """Where a model is and what its settings are; a Hugging Face folder has no manifest."""
@@ -115,20 +129,33 @@ class _Opened:
     config: Config
     manifest: Manifest | None
     eos_id: int | None = None
+    quantize: Quantize = "none"
 
 
-def _skeleton(config: Config, dtype: Dtype | None) -> Transformer:
+def _agreed(opened: _Opened, quantize: Quantize) -> Quantize:
+    """The scheme that is asked for, or that of a folder which is quantized already."""
+    if opened.quantize == "none" or quantize in ("none", opened.quantize):
+        return quantize if opened.quantize == "none" else opened.quantize
+    raise ConfigError(
+        f"serve.quantize={quantize} is not possible, {str(opened.path)!r} has experts in {opened.quantize}.",
+        "leave it out, or use the model that the folder was made of.",
+    )
+
+
+def _skeleton(config: Config, dtype: Dtype | None, quantize: Quantize) -> Transformer:
     """The model on the meta device."""
     with torch.device("meta"):
         model = Transformer(config.model)
     if dtype is not None:
         _cast(model, getattr(torch, dtype))
+    if quantize != "none":
+        quantize_experts(model, quantize)
     return model
 
 
 def _load(opened: _Opened, dtype: Dtype | None, device: torch.device | str, quantize: Quantize) -> Transformer:
     """The model with its weights, in memory of its own."""
-    model = _skeleton(opened.config, dtype)
+    model = _skeleton(opened.config, dtype, opened.quantize)
     folder = open_folder(opened.path, model) if opened.manifest is None else None
     if dtype is None and folder is not None:
         use_stored_dtypes(folder, model)
@@ -136,7 +163,8 @@ def _load(opened: _Opened, dtype: Dtype | None, device: torch.device | str, quan
     for moe in model.moe_modules():
         moe.router.init_state("")
     _reader(opened, folder)(model, lambda name: True)
-    if quantize != "none":
+    if quantize != scheme_of(model):
+        assert quantize != "none"
         quantize_experts(model, quantize)
     return model.requires_grad_(False).eval()
 
@@ -145,18 +173,22 @@ def _load_packed(
     opened: _Opened, packs: Path, dtype: Dtype, quantize: Quantize, expert_bytes: int | None, prefetch: bool
 ) -> Transformer:
     """The model with its weights in a pack, and its experts in a file beside it if they have a budget."""
-    skeleton = _skeleton(opened.config, dtype)
-    if quantize != "none":
-        quantize_experts(skeleton, quantize)
+    skeleton = _skeleton(opened.config, dtype, quantize)
     if expert_bytes is None:
         pack = pack_path(packs, origin := Origin(opened.path, f"{dtype} {quantize}"))
         return load_shared(pack, origin, skeleton, lambda: _load(opened, dtype, "cpu", quantize))
+    if opened.quantize != "none":
+        raise ConfigError(
+            f"serve.expert_memory_bytes={expert_bytes} needs experts that are stored as numbers, and "
+            f"{str(opened.path)!r} has them in {opened.quantize}.",
+            "serve the model that the folder was made of, with serve.quantize.",
+        )
     offload_experts(skeleton)
     pack = pack_path(packs, origin := Origin(opened.path, f"{dtype} {quantize} offloaded"))
     path = experts_path(pack)
 
     def load() -> Transformer:
-        model = _skeleton(opened.config, dtype)
+        model = _skeleton(opened.config, dtype, "none")
         folder = open_folder(opened.path, model) if opened.manifest is None else None
         return load_offloaded(model, skeleton, path, quantize, _reader(opened, folder))
 
@@ -199,7 +231,8 @@ def _open_hf_folder(folder: Path) -> _Opened:
     )
     # Chat models end a turn with a token of their own, the first if there are several.
     stop_ids = _stop_ids(read_sidecars(folder), model.vocab_size)
-    return _Opened(folder, config, manifest=None, eos_id=stop_ids[0] if stop_ids else None)
+    eos_id = stop_ids[0] if stop_ids else None
+    return _Opened(folder, config, None, eos_id, read_quantization(read_tree(folder)))
 
 
 def _stop_ids(sidecars: Mapping[str, bytes], vocab_size: int) -> list[int]:

@@ -17,6 +17,7 @@ from moe_ray.errors import ConfigError
 from moe_ray.models.activations import make_activation
 from moe_ray.models.experts import GroupedExperts, grouped_feed_forward
 from moe_ray.models.transformer import Transformer
+from moe_ray.section import Quantize
 
 Scheme = Literal["int8", "int4"]
 GROUP = 32
@@ -78,10 +79,13 @@ class QuantizedExperts(nn.Module):
     """Takes the place of `GroupedExperts` in a model that only generates.
 
     Attributes:
+        scheme: of their weights.
+        first_expert: as in `GroupedExperts`, which is 0 of all.
         w_in_codes_e, w_in_scales_e: the first matrix of each expert, [e, G, D], as `quantize` gives it.
         w_out_codes_e, w_out_scales_e: the second, [e, D, F].
     """
 
+    first_expert = 0
     w_in_codes_e: Tensor
     w_in_scales_e: Tensor
     w_out_codes_e: Tensor
@@ -92,6 +96,7 @@ class QuantizedExperts(nn.Module):
     def __init__(self, config: ModelConfig, scheme: Scheme) -> None:
         super().__init__()
         check_quantizable(config, scheme)
+        self.scheme: Scheme = scheme
         self.activation = make_activation(config)
         experts, dim, hidden = config.num_experts, config.dim, config.expert_dim
         width = 2 * hidden if config.is_gated else hidden
@@ -103,11 +108,11 @@ class QuantizedExperts(nn.Module):
         self.register_buffer("b_out_eD", torch.empty(experts, dim) if config.expert_ffn_bias else None)
 
     @torch.no_grad()
-    def fill(self, experts: GroupedExperts, scheme: Scheme) -> None:
+    def fill(self, experts: GroupedExperts) -> None:
         """Take over the weights of all experts, one at a time."""
         for index in range(experts.num_local_experts):
             for name, weight in (("w_in", experts.w_in_eGD), ("w_out", experts.w_out_eDF)):
-                codes, scales = quantize(weight[index], scheme)
+                codes, scales = quantize(weight[index], self.scheme)
                 getattr(self, f"{name}_codes_e")[index] = codes
                 getattr(self, f"{name}_scales_e")[index] = scales
         if self.b_in_eG is not None and self.b_out_eD is not None:
@@ -135,8 +140,14 @@ def quantize_experts(model: Transformer, scheme: Scheme) -> None:
         assert isinstance(experts, GroupedExperts)
         with torch.device(experts.w_in_eGD.device):
             quantized = QuantizedExperts(model.config, scheme)
-        quantized.fill(experts, scheme)
+        quantized.fill(experts)
         moe.register_module("experts", quantized.eval())
+
+
+def scheme_of(model: Transformer) -> Quantize:
+    """How the weights of a model's experts are quantized."""
+    experts = next(model.moe_modules()).experts
+    return experts.scheme if isinstance(experts, QuantizedExperts) else "none"
 
 
 def check_quantizable(config: ModelConfig, scheme: Scheme) -> None:

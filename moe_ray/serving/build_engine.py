@@ -10,8 +10,25 @@ from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.engine.cache import FREE_SHARE
 from moe_ray.serving.engine.engine import Engine
 from moe_ray.serving.engine.responses import ResponseCache
+from moe_ray.serving.engine.service import EngineService
 from moe_ray.serving.engine.thread import EngineThread
 from moe_ray.serving.engine.tier_store import Tiering
+from moe_ray.serving.vllm_engine import VllmEngine
+from moe_ray.serving.vllm_folder import folder_for_vllm
+
+
+def start_engine(model: InferenceModel, config: ServeConfig, max_context: int) -> EngineService:
+    """What answers the requests of one replica.
+
+    Raises:
+        ConfigError: as `build_engine`, or vLLM does not read the model.
+    """
+    if config.engine == "moe_ray":
+        return EngineThread(
+            build_engine(model, config, max_context), config.max_unfinished, config.max_queue_seconds
+        )
+    folder = folder_for_vllm(model.path)
+    return VllmEngine(folder, model.tokenizer, model.config.model, config, max_context)
 
 
 def build_engine(model: InferenceModel, config: ServeConfig, max_context: int) -> Engine:
@@ -40,12 +57,14 @@ def build_engine(model: InferenceModel, config: ServeConfig, max_context: int) -
     )
 
 
-def build_response_cache(thread: EngineThread, model: InferenceModel, config: ServeConfig) -> ResponseCache | None:
+def build_response_cache(
+    thread: EngineService, model: InferenceModel, config: ServeConfig
+) -> ResponseCache | None:
     """The cache of finished answers in front of an engine; None if nothing is kept."""
     tiering = _tiering(config.response_memory_bytes, config.response_folder, config.response_disk_bytes)
     if not tiering and not config.response_cache_bytes:
         return None
-    identity = f"{_identity(model.path, config)} {config.dtype} {config.runner}"
+    identity = f"{_identity(model.path, config)} {config.dtype} {config.engine} {config.runner}"
     return ResponseCache(thread, config.response_cache_bytes, tiering, identity)
 
 

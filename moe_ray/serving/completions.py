@@ -15,14 +15,13 @@ from moe_ray.checkpoint.inference import InferenceModel
 from moe_ray.errors import DataError, RequestError
 from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.answers import AnyStream, ChatWire, CompletionWire, Exchange
-from moe_ray.serving.build_engine import build_engine, build_response_cache
+from moe_ray.serving.build_engine import build_response_cache, start_engine
 from moe_ray.serving.chat_template import TEMPLATE_FILE, find_chat_template
 from moe_ray.serving.engine import probe
 from moe_ray.serving.engine.engine import check_faithful
 from moe_ray.serving.engine.grammar import Grammar, GrammarCompiler
 from moe_ray.serving.engine.request import Chunk, Request, SamplingParams, check_prompt
 from moe_ray.serving.engine.stats import EngineStats
-from moe_ray.serving.engine.thread import EngineThread
 from moe_ray.serving.openai.base import parse
 from moe_ray.serving.openai.chat import ChatRequest, parse_chat_request
 from moe_ray.serving.openai.completions import (
@@ -82,8 +81,7 @@ class CompletionService:
         self.step = model.step
         self.architecture = model.config.model
         self.model_body = model_body(model.name, int(model.path.stat().st_mtime), model.step)
-        engine = build_engine(model, config, self._max_context)
-        self._engine = EngineThread(engine, config.max_unfinished, config.max_queue_seconds)
+        self._engine = start_engine(model, config, self._max_context)
         self._responses = build_response_cache(self._engine, model, config)
 
     @property

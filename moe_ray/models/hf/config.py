@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -16,9 +16,12 @@ from moe_ray.models.hf.architectures import (
     Architecture,
 )
 from moe_ray.models.hf.rope import read_rope, write_rope
+from moe_ray.models.quantize import Scheme
+from moe_ray.section import Quantize
 
 CONFIG_FILE = "config.json"
 _MAX_LAYERS = 10_000
+_OURS = "moe_ray"
 # One number under three names.
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -124,6 +127,29 @@ def write_config(config: ModelConfig, architecture: Architecture) -> dict[str, A
     }
 
 
+def write_quantization(scheme: Quantize) -> dict[str, Any]:
+    """What config.json says of experts that are quantized in our way, which no other program reads."""
+    return {} if scheme == "none" else {"quantization_config": {"quant_method": _OURS, "scheme": scheme}}
+
+
+def read_quantization(tree: dict[str, Any]) -> Quantize:
+    """How the experts in a folder are quantized in our way; none too where they are in another.
+
+    Raises:
+        CheckpointError: the scheme is unknown.
+    """
+    quantization = tree.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != _OURS:
+        return "none"
+    scheme = quantization.get("scheme")
+    if quantization.keys() != {"quant_method", "scheme"} or scheme not in get_args(Scheme):
+        raise CheckpointError(
+            f"config.json has quantization_config={quantization!r}, which is not supported.",
+            f"use a scheme of {', '.join(get_args(Scheme))} and nothing besides.",
+        )
+    return scheme
+
+
 def architecture_of(config: ModelConfig) -> Architecture:
     """The Hugging Face architecture that computes what `config` does.
 
@@ -191,7 +217,9 @@ def _check_keys(tree: dict[str, Any], architecture: Architecture) -> None:
 def _check_quantization(tree: dict[str, Any]) -> None:
     quantization = tree.get("quantization_config") or {}
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method not in (None, "fp8", "mxfp4") or (method == "fp8" and block != [FP8_BLOCK, FP8_BLOCK]):
+    if method == _OURS:
+        read_quantization(tree)
+    elif method not in (None, "fp8", "mxfp4") or (method == "fp8" and block != [FP8_BLOCK, FP8_BLOCK]):
         raise CheckpointError(
             f"config.json has a quantization_config of quant_method={method!r} and weight_block_size={block!r}, "
             "which is not supported.",

@@ -17,6 +17,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FP4_BLOCKS, _FP4_SCALES, _FP8_SCALES = "_blocks", "_scales", "_scale_inv"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# What stands for weights only together with scales.
+CODE_DTYPES = {"I8": torch.int8, "U8": torch.uint8}
 
 
 class WeightFiles:
@@ -62,6 +64,20 @@ class WeightFiles:
         if first == name:
             return dequantize_fp8(stored, self._read(scales[0]))
         return dequantize_mxfp4(stored, self._read(scales[0], rows))
+
+    def read_exact(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor that is stored in this type.
+
+        Raises:
+            CheckpointError: it cannot be read, or is of another type.
+        """
+        stored = self._slice(name).get_dtype()
+        if (DTYPES | CODE_DTYPES).get(stored) != dtype:
+            raise CheckpointError(
+                f"{str(self._sources[name][0])!r} has {name} of type {stored} where config.json asks for {dtype}.",
+                "use the config.json that belongs to the weights.",
+            )
+        return self._read(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type in which a tensor is stored; bfloat16 if it is quantised.

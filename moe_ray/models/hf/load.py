@@ -56,6 +56,8 @@ def use_stored_dtypes(folder: OpenFolder, model: Transformer) -> None:
     """Give each tensor of a model on the meta device the type in which the folder stores it."""
     dtypes: dict[str, torch.dtype] = {}
     for piece in pieces(model, folder.architecture):
+        if piece.is_quantized:
+            continue
         stored = folder.files.dtype(piece.name)
         # Of parts of different types, the wider holds both.
         dtypes[piece.ours] = torch.promote_types(dtypes.get(piece.ours, stored), stored)
@@ -79,13 +81,17 @@ def load_weights(
         is_wanted: whether to copy a tensor of `model`, given its name.
     """
     for piece in pieces(model, folder.architecture):
-        if is_wanted(piece.ours):
+        if not is_wanted(piece.ours):
+            continue
+        if piece.is_quantized:
+            piece.load(folder.files.read_exact(piece.name, piece.view.dtype))
+        else:
             piece.load(folder.files.read(piece.name, piece.rows))
 
 
 def _check_files(files: WeightFiles, model: Transformer, architecture: Architecture) -> None:
     """Raise a CheckpointError unless the files hold the whole of `model`, and nothing else that matters."""
-    shapes = stored_shapes(model.config, architecture)
+    shapes = stored_shapes(model, architecture)
     num_layers, is_tied = model.config.num_layers, model.config.tie_embeddings
 
     def is_skipped(name: str) -> bool:

@@ -7,7 +7,7 @@ from moe_ray.config import Config, build_config
 from moe_ray.errors import ConfigError
 from moe_ray.model_config import TRAINING_FIELDS, ModelConfig
 from moe_ray.models.hf.architectures import DENSE_ARCHITECTURES
-from moe_ray.models.hf.config import read_config, read_tree, validate_settings
+from moe_ray.models.hf.config import read_config, read_quantization, read_tree, validate_settings
 from moe_ray.models.hf.sidecars import TOKENIZER_FILE
 from moe_ray.presets import PRESETS
 
@@ -53,6 +53,12 @@ def _found(folder: Path, field: str) -> dict[str, Any]:
     tree = read_tree(folder)
     if field == "init_from":
         architecture, settings = read_config(tree)
+        scheme = read_quantization(tree)
+        if scheme != "none":
+            raise ConfigError(
+                f"model.init_from={str(folder)!r} has experts in {scheme}, which cannot be trained.",
+                "give the folder that it was made of.",
+            )
         decided = ModelConfig.model_fields.keys() - TRAINING_FIELDS
         settings = {"preset": architecture.name} | settings
     else:

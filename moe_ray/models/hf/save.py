@@ -20,14 +20,15 @@ import torch
 from moe_ray.durable import sync
 from moe_ray.errors import ConfigError, StorageError
 from moe_ray.models.hf.architectures import Architecture
-from moe_ray.models.hf.config import CONFIG_FILE, architecture_of, write_config
-from moe_ray.models.hf.files import DTYPES, INDEX_FILE, SINGLE_FILE
+from moe_ray.models.hf.config import CONFIG_FILE, architecture_of, write_config, write_quantization
+from moe_ray.models.hf.files import CODE_DTYPES, DTYPES, INDEX_FILE, SINGLE_FILE
 from moe_ray.models.hf.sidecars import TOKENIZER_FILE, token_ids
 from moe_ray.models.hf.tensors import Piece, pieces
+from moe_ray.models.quantize import scheme_of
 from moe_ray.models.transformer import Transformer
 
 MAX_SHARD_BYTES = 5_000_000_000
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in (DTYPES | CODE_DTYPES).items()}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def save_folder(
     """Write config.json, weights, tokenizer and sidecar files; the folder appears whole or not at all.
 
     Args:
-        model: with all its experts on one device.
+        model: with all its experts on one device, perhaps quantized.
         tokenizer_json: content of the tokenizer.json.
         sidecars: other small files by name.
         dtype: type of the weights in the files, except that expert biases stay as they are; default: the model's.
@@ -69,7 +70,7 @@ def save_folder(
     """
     architecture = architecture_of(model.config)
     tensors = list(_tensors(model, architecture, dtype))
-    config = write_config(model.config, architecture) | token_ids(sidecars)
+    config = write_config(model.config, architecture) | write_quantization(scheme_of(model)) | token_ids(sidecars)
     config["dtype"] = str(dtype or model.embed.weight.dtype).removeprefix("torch.")
     with _staged(folder) as staging:
         for name, content in {**sidecars, TOKENIZER_FILE: tokenizer_json, CONFIG_FILE: _json(config)}.items():

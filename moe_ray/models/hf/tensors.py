@@ -1,6 +1,7 @@
 """Which tensor of a Hugging Face file is which part of our model, in both directions.
 
-Shapes: V vocabulary, D model dim, F hidden dim of a feed-forward, G = 2 * F, E experts, e local experts.
+Shapes: V vocabulary, D model dim, F hidden dim of a feed-forward, G = 2 * F, E experts, e local experts, N rows
+and q groups of columns of a quantized matrix, B bytes of a group.
 """
 
 from collections.abc import Iterator
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_ray.model_config import ModelConfig
 from moe_ray.models.hf.architectures import Architecture
+from moe_ray.models.quantize import GROUP, quantize_experts, scheme_of
 from moe_ray.models.transformer import Transformer
 
 _MODEL_NAMES = {
@@ -63,6 +64,11 @@ class Piece:
     rows: slice | None = None
     expert: int | None = None
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is codes or scales, which have one type only."""
+        return "_codes_" in self.ours or "_scales_" in self.ours
+
     def load(self, stored: Tensor) -> None:
         """Copy what a file has at `name`, cut to `rows`, into our memory, in our dtype."""
         self.view.copy_(stored.reshape(self.view.shape))
@@ -75,6 +81,7 @@ class Piece:
 def pieces(model: Transformer, architecture: Architecture) -> Iterator[Piece]:
     """Every tensor of a Hugging Face file that this rank's share of `model` is made of.
 
+    Codes of quantized experts stand in the place of their weights, by groups of columns, and scales beside them.
     In a dense architecture the experts of a layer are all the same piece, its feed-forward, and routers are none.
     """
     experts = next(model.moe_modules()).experts
@@ -88,7 +95,10 @@ def pieces(model: Transformer, architecture: Architecture) -> Iterator[Piece]:
         if not name.startswith("ffn.experts."):
             for theirs, view in _dense(name, tensor, architecture):
                 yield Piece(prefix + theirs, tuple(view.shape), view, ours)
-        elif architecture.expert is None:
+            continue
+        if "_codes_" in name:
+            tensor = _by_group(tensor)
+        if architecture.expert is None:
             theirs, view, shape = _fused(name, tensor)
             yield Piece(prefix + theirs, (num_experts, *shape), view, ours, slice(first, first + len(view)))
         else:
@@ -97,11 +107,14 @@ def pieces(model: Transformer, architecture: Architecture) -> Iterator[Piece]:
                     yield Piece(prefix + theirs, tuple(view.shape), view, ours, expert=first + local)
 
 
-def stored_shapes(config: ModelConfig, architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in the files of a model, whatever share of it a rank holds."""
+def stored_shapes(model: Transformer, architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in the files of a model, whatever share of it this rank holds."""
+    scheme = scheme_of(model)
     with torch.device("meta"):
-        model = Transformer(config)
-    return {piece.name: piece.shape for piece in pieces(model, architecture)}
+        whole = Transformer(model.config)
+    if scheme != "none":
+        quantize_experts(whole, scheme)
+    return {piece.name: piece.shape for piece in pieces(whole, architecture)}
 
 
 def _dense(name: str, tensor: Tensor, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
@@ -124,30 +137,44 @@ def _one_expert(
     name: str, tensor: Tensor, architecture: Architecture, expert: int
 ) -> Iterator[tuple[str, Tensor]]:
     assert architecture.expert is not None
-    projection = name.removeprefix("ffn.experts.").rpartition("_")[0]
-    return _gated(architecture.expert.format(expert), architecture.projections, projection, tensor)
+    projection = "w_in" if name.startswith("ffn.experts.w_in_") else "w_out"
+    kind = "weight_scale" if "_scales_" in name else "weight"
+    return _gated(architecture.expert.format(expert), architecture.projections, projection, tensor, kind)
+
+
+def _by_group(codes: Tensor) -> Tensor:
+    """[..., N, q, B], where a row of int8 is one group: with a dim more, nobody can take them for the weight."""
+    return codes.unsqueeze(-2) if codes.dtype == torch.int8 else codes.unflatten(-1, (-1, GROUP // 2))
 
 
 def _gated(
-    module: str, projections: tuple[str, str, str], ours: str, weight: Tensor
+    module: str, projections: tuple[str, str, str], ours: str, weight: Tensor, kind: str = "weight"
 ) -> Iterator[tuple[str, Tensor]]:
     gate, up, down = projections
     if ours == "w_in":
         gate_FD, up_FD = weight.chunk(2)
-        yield f"{module}.{gate}.weight", gate_FD
-        yield f"{module}.{up}.weight", up_FD
+        yield f"{module}.{gate}.{kind}", gate_FD
+        yield f"{module}.{up}.{kind}", up_FD
     else:
-        yield f"{module}.{down}.weight", weight
+        yield f"{module}.{down}.{kind}", weight
 
 
 def _fused(name: str, tensor: Tensor) -> tuple[str, Tensor, tuple[int, ...]]:
-    """gpt-oss: input dim before output dim, and gate and up columns in turn. Name, view and shape of an expert."""
+    """gpt-oss: input dim before output dim, and gate and up columns in turn. Name, view and shape of an expert.
+
+    Of quantized matrices the rows stay what shares a scale, and gate and up rows come in turn.
+    """
     rows = tuple(tensor.shape[1:])
     match name.removeprefix("ffn.experts."):
         case "w_in_eGD":
             return "mlp.experts.gate_up_proj", tensor.unflatten(1, (2, -1)).permute(0, 3, 2, 1), rows[::-1]
-        case "b_in_eG":
-            return "mlp.experts.gate_up_proj_bias", tensor.unflatten(1, (2, -1)).transpose(1, 2), rows
+        case "b_in_eG" | "w_in_codes_e" | "w_in_scales_e" as part:
+            end = {"b_in_eG": "_bias", "w_in_scales_e": "_scale"}.get(part, "")
+            return f"mlp.experts.gate_up_proj{end}", tensor.unflatten(1, (2, -1)).transpose(1, 2), rows
+        case "w_out_codes_e":
+            return "mlp.experts.down_proj", tensor, rows
+        case "w_out_scales_e":
+            return "mlp.experts.down_proj_scale", tensor, rows
         case "w_out_eDF":
             return "mlp.experts.down_proj", tensor.transpose(1, 2), rows[::-1]
         case _:

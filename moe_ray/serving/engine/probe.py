@@ -15,7 +15,7 @@ from moe_ray.models.attention import Pattern, attend, window_mask
 from moe_ray.models.transformer import Output, Transformer
 from moe_ray.serving.engine.request import TokenLogprob
 from moe_ray.serving.engine.sampler import top_logprobs
-from moe_ray.serving.engine.thread import EngineThread
+from moe_ray.serving.engine.service import EngineService
 
 # As many prompt tokens as a step of the engine takes, so that running texts are held up no longer.
 _PIECE_TOKENS = 256
@@ -31,7 +31,7 @@ class Piece:
 
 
 async def probe(
-    thread: EngineThread, model: Transformer, token_ids: Sequence[int], look: Callable[[Piece], T]
+    thread: EngineService, model: Transformer, token_ids: Sequence[int], look: Callable[[Piece], T]
 ) -> list[T]:
     """What `look` finds in each piece of a text; both run on the engine's thread, where other texts take turns.
 
@@ -50,7 +50,7 @@ async def probe(
 
 
 async def prompt_logprobs(
-    thread: EngineThread, model: Transformer, token_ids: Sequence[int], vocab_size: int, count: int
+    thread: EngineService, model: Transformer, token_ids: Sequence[int], vocab_size: int, count: int
 ) -> list[TokenLogprob]:
     """Log-probabilities of the tokens after the first, with the `count` most likely ones in the place of each.
 
@@ -73,7 +73,7 @@ async def prompt_logprobs(
     return [logprob for piece in pieces for logprob in piece]
 
 
-async def mean_hidden(thread: EngineThread, model: Transformer, token_ids: Sequence[int]) -> Tensor:
+async def mean_hidden(thread: EngineService, model: Transformer, token_ids: Sequence[int]) -> Tensor:
     """Mean of the normalised final hidden states of a text, float32 of shape [D]."""
 
     def look(piece: Piece) -> Tensor:
@@ -83,7 +83,7 @@ async def mean_hidden(thread: EngineThread, model: Transformer, token_ids: Seque
 
 
 async def routing(
-    thread: EngineThread, model: Transformer, token_ids: Sequence[int]
+    thread: EngineService, model: Transformer, token_ids: Sequence[int]
 ) -> list[tuple[list[list[int]], list[list[float]]]]:
     """Experts and their weights of each token, best first, of each MoE layer."""
 

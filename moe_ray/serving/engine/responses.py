@@ -18,8 +18,9 @@ from typing import Self
 import pyarrow as pa
 
 from moe_ray.serving.engine.request import Chunk, Request, SamplingParams, TokenLogprob
+from moe_ray.serving.engine.service import EngineService
 from moe_ray.serving.engine.stats import ResponseStats
-from moe_ray.serving.engine.thread import EngineThread, Stream
+from moe_ray.serving.engine.thread import Stream
 from moe_ray.serving.engine.tier_store import MemoryTier, Tiering, TierStore
 
 # Of what is stored; another number whenever that or its meaning changes, as disks outlive releases.
@@ -40,7 +41,7 @@ class ResponseCache:
         identity: of the weights and how they are computed with.
     """
 
-    def __init__(self, engine: EngineThread, cache_bytes: int, tiering: Tiering, identity: str) -> None:
+    def __init__(self, engine: EngineService, cache_bytes: int, tiering: Tiering, identity: str) -> None:
         self._engine = engine
         self._root = hashlib.blake2b(f"{_FORMAT} {identity}".encode()).digest()
         # Guards the cache: requests may come from several event loops.

@@ -16,6 +16,7 @@ from moe_ray.errors import RequestError
 from moe_ray.serving.engine.engine import Engine
 from moe_ray.serving.engine.pace import Pace
 from moe_ray.serving.engine.request import Chunk, FinishReason, Request
+from moe_ray.serving.engine.service import EngineService
 from moe_ray.serving.engine.stats import EngineStats
 
 _logger = logging.getLogger(__name__)
@@ -177,7 +178,7 @@ class EngineThread:
             for call in calls:
                 call.fail(_unavailable("the engine has stopped."))
             for stream in streams:
-                _put_threadsafe(stream.loop, [(stream, _unavailable("the engine has stopped."))])
+                stream.put_threadsafe([_unavailable("the engine has stopped.")])
 
     def _carry_out_commands(self) -> bool:
         """Wait for work; returns False to stop."""
@@ -231,7 +232,9 @@ class Stream:
         RequestError: on iteration, the engine stopped (503), the model failed (500) or the deadline passed (504).
     """
 
-    def __init__(self, thread: EngineThread, requests: Sequence[Request], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, thread: EngineService, requests: Sequence[Request], loop: asyncio.AbstractEventLoop
+    ) -> None:
         self._thread = thread
         self.loop = loop
         self.size = len(requests)
@@ -239,6 +242,10 @@ class Stream:
         self._index = {request.id: index for index, request in enumerate(requests)}
         self._unfinished = set(self._index)
         self._queue: asyncio.Queue[Chunk | RequestError] = asyncio.Queue()
+
+    def put_threadsafe(self, items: Sequence[Chunk | RequestError]) -> None:
+        """Called by other threads than that of the loop."""
+        _put_threadsafe(self.loop, [(self, item) for item in items])
 
     def put(self, item: Chunk | RequestError) -> None:
         """Called in the loop."""
