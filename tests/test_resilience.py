@@ -29,6 +29,7 @@ from tests.waiting import until
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 PATIENCE = 300
 MOST = 4
+PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
 LONG, SHORT = 20_000, 40
 
 
@@ -44,6 +45,8 @@ class Endpoint:
         self.env = dict(os.environ) | {"RAY_AUTH_MODE": "token"}
         if proxy == "haproxy":
             self.env |= ingress.high_throughput(folder / "p")
+            # Another cluster that starts now would choose the same.
+            self.env |= {f"RAY_SERVE_{name}_PORT": str(free_port()) for name in PORTS}
 
     def start(self) -> None:
         before = dict(os.environ)
