@@ -15,7 +15,6 @@ import itertools
 import json
 import logging
 import os
-import random
 import signal
 import tempfile
 import time
@@ -67,14 +66,14 @@ class Deployment:
         pids = [replica["pid"] for replica in deployment["replicas"] if replica["state"] == "RUNNING"]
         return deployment["target_num_replicas"], pids
 
-    def kill(self, rng: random.Random) -> None:
+    def kill(self, rng: np.random.Generator) -> None:
         """Kill a random replica, which must be a process of this cluster."""
         own = {process.pid for process in find_marked(self._head.temp_dir)}
         candidates = sorted(own.intersection(self.look()[1]))
         if candidates:
             # It may have ended meanwhile.
             with suppress(ProcessLookupError):
-                os.kill(rng.choice(candidates), signal.SIGKILL)
+                os.kill(int(rng.choice(candidates)), signal.SIGKILL)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -151,7 +150,7 @@ async def measure(deployment: Deployment, crowd: Crowd, arguments: argparse.Name
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def kill() -> None:
-        rng = random.Random(0)
+        rng = np.random.default_rng(0)
         while arguments.kill:
             await asyncio.sleep(arguments.kill)
             with suppress(ClusterError):
