@@ -210,7 +210,7 @@ def report(policy: str, looks: list[Look], answers: Answers, began: float) -> No
         seconds = [s for at, s in answers.latencies if start <= at - began < start + _ROW_SECONDS]
         p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1e3 if seconds else (np.nan, np.nan)
         cells = (look.clients, look.wanted, look.running, len(seconds) / _ROW_SECONDS, p50, p99)
-        print(f"| {start:.0f} | {' | '.join(f'{cell:.0f}' for cell in cells)} |")
+        print(f"| {start:.0f} | {' | '.join(f'{cell:.0f}' for cell in cells)} |", flush=True)
 
 
 def compare(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:
