@@ -15,7 +15,6 @@ import itertools
 import json
 import logging
 import os
-import random
 import signal
 import tempfile
 import time
@@ -66,14 +65,14 @@ class Deployment:
         pids = [replica["pid"] for replica in deployment["replicas"] if replica["state"] == "RUNNING"]
         return deployment["target_num_replicas"], pids
 
-    def kill(self, rng: random.Random) -> None:
+    def kill(self, rng: np.random.Generator) -> None:
         """Kill a random replica, which must be a process of this cluster."""
         own = {process.pid for process in find_marked(self._head.temp_dir)}
         candidates = sorted(own.intersection(self.look()[1]))
         if candidates:
             # It may have ended meanwhile.
             with suppress(ProcessLookupError):
-                os.kill(rng.choice(candidates), signal.SIGKILL)
+                os.kill(int(rng.choice(candidates)), signal.SIGKILL)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -148,7 +147,7 @@ async def measure(deployment: Deployment, crowd: Crowd, arguments: argparse.Name
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def kill() -> None:
-        rng = random.Random(0)
+        rng = np.random.default_rng(0)
         while arguments.kill:
             await asyncio.sleep(arguments.kill)
             with suppress(ClusterError):
@@ -208,7 +207,7 @@ def report(policy: str, looks: list[Look], answers: Answers, began: float) -> No
         seconds = [s for at, s in answers.latencies if start <= at - began < start + _ROW_SECONDS]
         p50, p99 = np.quantile(seconds, [0.5, 0.99]) * 1e3 if seconds else (np.nan, np.nan)
         cells = (look.clients, look.wanted, look.running, len(seconds) / _ROW_SECONDS, p50, p99)
-        print(f"| {start:.0f} | {' | '.join(f'{cell:.0f}' for cell in cells)} |")
+        print(f"| {start:.0f} | {' | '.join(f'{cell:.0f}' for cell in cells)} |", flush=True)
 
 
 def compare(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> None:

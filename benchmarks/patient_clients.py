@@ -2,11 +2,12 @@
 
 import asyncio
 import itertools
-import random
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 LOOPBACK = "127.0.0.1"
 # Those of openai.OpenAI(max_retries=2).
@@ -46,7 +47,7 @@ class Crowd:
         self._port = port
         self._turn = itertools.cycle(requests)
         self._think_seconds = think_seconds
-        self._rng = random.Random(0)
+        self._rng = np.random.default_rng(0)
         self._tasks: list[asyncio.Task[None]] = []
         self._wanted = 0
         self.answers = Answers()

@@ -29,7 +29,8 @@ from tests.waiting import until
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 PATIENCE = 300
 MOST = 4
-LONG, SHORT = 20_000, 40
+# Tokens: longer than a deployment takes, than replicas take to go, and of other requests.
+LONG, MIDDLE, SHORT = 20_000, 8_000, 40
 
 
 class Endpoint:
@@ -152,9 +153,9 @@ class Asker:
         self.count += 1
 
 
-def read_stream(endpoint: Endpoint, begun: threading.Semaphore) -> list[str]:
-    """The events of a long stream."""
-    fields = {"max_tokens": LONG, "stream": True}
+def read_stream(endpoint: Endpoint, begun: threading.Semaphore, tokens: int) -> list[str]:
+    """The events of a stream."""
+    fields = {"max_tokens": tokens, "stream": True}
     events: list[str] = []
     with endpoint.client() as client, client.stream("POST", "/v1/completions", json=body(**fields)) as answer:
         answer.raise_for_status()
@@ -167,11 +168,13 @@ def read_stream(endpoint: Endpoint, begun: threading.Semaphore) -> list[str]:
 
 
 @contextmanager
-def streams(endpoint: Endpoint, count: int, wait: bool = True) -> Iterator[list[Future[list[str]]]]:
+def streams(
+    endpoint: Endpoint, count: int, tokens: int = LONG, wait: bool = True
+) -> Iterator[list[Future[list[str]]]]:
     """Long streams, which have begun unless that is not waited for; they have ended when the context has."""
     begun = threading.Semaphore(0)
     with ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(read_stream, endpoint, begun) for _ in range(count)]
+        futures = [pool.submit(read_stream, endpoint, begun, tokens) for _ in range(count)]
         for _ in futures if wait else ():
             assert begun.acquire(timeout=PATIENCE)
         yield futures
@@ -190,7 +193,7 @@ def test_replicas_come_and_go_with_the_load_and_finish_their_streams(endpoint: E
         with load(24, Asker(endpoint)):
             until(lambda: len(endpoint.replicas("RUNNING")) == MOST, PATIENCE)
             # Two replicas are enough for them.
-            running = stack.enter_context(streams(endpoint, 6))
+            running = stack.enter_context(streams(endpoint, 6, MIDDLE))
         until(lambda: endpoint.wanted() == 2, PATIENCE)
         assert not any(stream.done() for stream in running)
     assert_whole(running)

@@ -92,9 +92,10 @@ def test_bounds_are_kept(loads, replicas):
         assert 2 <= controller.see(requests, tokens, is_complete) <= 16
 
 
-def context(state, now, **reports):
+def context(state, now, queued=0.0, **reports):
     """Of a controller with two replicas, given (requests, time) that each reported last."""
     return SimpleNamespace(
+        total_queued_requests=queued,
         aggregated_metrics={
             "requests": {name: requests for name, (requests, _) in reports.items()},
             "queued_tokens": dict.fromkeys(reports, 0.0),
@@ -122,12 +123,13 @@ def test_a_replica_that_tells_nothing_keeps_all():
     assert replicas == 2
     nothing = {"aggregated_metrics": None, "raw_metrics": None, "running_replicas": []}
     assert policy(SimpleNamespace(**vars(context({}, 0)) | nothing))[0] == 6
+    assert policy(SimpleNamespace(**vars(context({}, 0, queued=30.0)) | nothing))[0] == 8
 
 
 def test_the_controller_needs_no_moe_ray():
     config = make_autoscaling_config(ServeConfig(max_replicas=9, target_ongoing_requests=2.0))
     fields = {"aggregated_metrics": {"requests": {"a": 14.0}}, "raw_metrics": {}, "running_replicas": ["a"]}
-    fields |= {"target_num_replicas": 2, "policy_state": {}, "current_time": 0.0}
+    fields |= {"total_queued_requests": 0.0, "target_num_replicas": 2, "policy_state": {}, "current_time": 0.0}
     found = subprocess.run(
         [
             sys.executable,

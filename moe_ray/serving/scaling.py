@@ -98,7 +98,8 @@ class QueuePolicy:
         """Decide, given Serve's `AutoscalingContext`; what its replicas report are means of the last seconds."""
         found: Mapping[str, Mapping[Any, float]] = context.aggregated_metrics or {}
         load = Load(
-            sum(found.get("requests", {}).values()),
+            # With those that wait in proxies, as all do while no replica runs.
+            context.total_queued_requests + sum(found.get("requests", {}).values()),
             sum(found.get("queued_tokens", {}).values()),
             _is_complete(context),
         )
