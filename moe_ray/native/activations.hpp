@@ -29,8 +29,8 @@ inline vec gelu(vec x) {
     return x;
 }
 
-inline vec at_least(vec x, float low) { return x < low ? vec{} + low : x; }
-inline vec at_most(vec x, float high) { return x > high ? vec{} + high : x; }
+inline vec at_least(vec x, float low) { return x < low ? fill(low) : x; }
+inline vec at_most(vec x, float high) { return x > high ? fill(high) : x; }
 
 inline bool is_gated(const Model& m) { return m.activation <= GEGLU; }
 

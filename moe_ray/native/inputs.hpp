@@ -18,13 +18,14 @@ inline float wide(int16_t value) { return value; }
 struct Float32Inputs {
     using Input = float;
     using Values = vec;
+    using Sums = vec;
     static constexpr int64_t STEP = W;
     static float encode(const float* x, int64_t columns, float* to) {
         std::memcpy(to, x, columns * sizeof(float));
         return 1;
     }
     static vec add(vec sums, vec weights, vec values) { return sums + weights * values; }
-    static vec spread(const uint32_t* lane) { return vec{} + load<float>(lane); }
+    static vec spread(const uint32_t* lane) { return fill(load<float>(lane)); }
     static vec total(vec sums) { return sums; }
 };
 
@@ -33,6 +34,7 @@ struct Float32Inputs {
 struct Bfloat16Inputs {
     using Input = uint16_t;
     using Values = __m512bh;
+    using Sums = vec;
     static constexpr int64_t STEP = 2 * W;
     static float encode(const float* x, int64_t columns, uint16_t* to) {
         round_row(x, columns, to);
@@ -52,6 +54,7 @@ struct Bfloat16Inputs {
 struct Int16Inputs {
     using Input = int16_t;
     using Values = __m512i;
+    using Sums = i32;
     static constexpr int64_t STEP = 2 * W;
     static float encode(const float* x, int64_t columns, int16_t* to) {
         vec most = {}, finite = {};
@@ -81,11 +84,11 @@ struct Int16Inputs {
         for (; c < columns; ++c) to[c] = int16_t(std::nearbyint(x[c] * inverse));
         return scale;
     }
-    static vec add(vec sums, __m512i weights, __m512i values) {
-        return (vec)_mm512_dpwssd_epi32((__m512i)sums, weights, values);
+    static i32 add(i32 sums, __m512i weights, __m512i values) {
+        return (i32)_mm512_dpwssd_epi32((__m512i)sums, weights, values);
     }
     static __m512i spread(const uint32_t* lane) { return _mm512_set1_epi32(load<int32_t>(lane)); }
-    static vec total(vec sums) { return __builtin_convertvector((i32)sums, vec); }
+    static vec total(i32 sums) { return __builtin_convertvector(sums, vec); }
 };
 #endif
 

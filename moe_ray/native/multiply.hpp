@@ -34,7 +34,7 @@ inline Chunk neighbours(int64_t first, int64_t last) {
 }
 
 // Rows of numbers as a type of weight wants them, in groups, each of which has a weight of its own. A group of many
-// has tiles of up to 12 rows, of equal size; of a tile first come the first lanes of all its rows.
+// has tiles of 10 to 12 rows, of equal size; of a tile first come the first lanes of all its rows.
 template <class M> struct Rows {
     using Input = typename M::Input;
     std::vector<int64_t> ends, starts, tiles;  // tiles: rows of one, or 0
@@ -80,7 +80,8 @@ template <class M> struct Rows {
 // R rows of a weight times n tokens; each weight is read once and used n times.
 template <int R, int n, class M>
 inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_t stride, bool ahead, float* y) {
-    vec products[n * R] = {};
+    typename M::Sums products[n * R];
+    for (auto& product : products) product = typename M::Sums{};
     int64_t column = 0;
     for (; column + M::LEAST <= w.columns; column += M::STEP) {
         decltype(w.at(0, 0)) weights[R];
@@ -93,18 +94,14 @@ inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_
             for (int r = 0; r < R; ++r) products[i * R + r] = M::add(products[i * R + r], weights[r], values);
         }
     }
-    for (int i = 0; i < n; ++i)
-        for (int r = 0; r < R; ++r) products[i * R + r] = w.finish(row + r, x + i * stride, products[i * R + r]);
+    auto finished = [&](auto i) { return w.finish(row + i % R, x + i / R * stride, products[i]); };
     float totals[(n * R + W - 1) / W * W];
-    constexpr int whole = n * R / W * W;
-    for (int i = 0; i < whole; i += W) store(totals + i, sums<W>(products + i));
-    if constexpr (whole < n * R) store(totals + whole, sums<n * R - whole>(products + whole));
-    for (int i = 0; i < n; ++i)
-        for (int r = 0; r < R; ++r) {
-            float total = totals[i * R + r];
-            for (int64_t c = column; c < w.columns; ++c) total += w.one(row + r, c) * wide(x[i * stride + c]);
-            y[i * CHUNK + r] = total;
-        }
+    store(totals, sums<0, n * R>(finished));
+    if constexpr (n * R > W) store(totals + W, sums<W, n * R>(finished));
+    for (int i = 0; i < n; ++i) std::memcpy(y + i * CHUNK, totals + i * R, R * sizeof(float));
+    for (; column < w.columns; ++column)
+        for (int i = 0; i < n; ++i)
+            for (int r = 0; r < R; ++r) y[i * CHUNK + r] += w.one(row + r, column) * wide(x[i * stride + column]);
 }
 
 // y[i * CHUNK + r] = row r of w . x[i].
@@ -131,7 +128,8 @@ template <class M>
 inline void dots(const M& w, int64_t first, int64_t count, const typename M::Input* x, int64_t stride, int64_t T, float* y) {
     int64_t r = 0;
     for (; r + M::ROWS <= count; r += M::ROWS) dot_rows<M::ROWS>(w, first + r, x, stride, T, y + r);
-    for (; r < count; ++r) dot_rows<1>(w, first + r, x, stride, T, y + r);
+    if constexpr (M::ROWS > 1)
+        for (; r < count; ++r) dot_rows<1>(w, first + r, x, stride, T, y + r);
 }
 
 // The rows of a chunk with 16 of them in a vector, two vectors for each column, or pair of them.
@@ -153,7 +151,8 @@ template <class M> const vec* make_panel(const M& w, const Chunk& rows) {
 }
 
 template <int n, class M> inline void panel_tile(const vec* panel, int64_t lanes, const uint32_t* x, float* y) {
-    vec products[n][2] = {};
+    typename M::Sums products[n][2];
+    for (auto& pair : products) pair[0] = pair[1] = typename M::Sums{};
     for (int64_t i = 0; i < lanes; ++i) {
         auto low = (typename M::Values)panel[2 * i], high = (typename M::Values)panel[2 * i + 1];
         for (int k = 0; k < n; ++k) {
@@ -168,8 +167,6 @@ template <int n, class M> inline void panel_tile(const vec* panel, int64_t lanes
 
 template <class M> inline void panel_tile(int64_t tile, const vec* panel, int64_t lanes, const uint32_t* x, float* y) {
     switch (tile) {
-        case 8: return panel_tile<8, M>(panel, lanes, x, y);
-        case 9: return panel_tile<9, M>(panel, lanes, x, y);
         case 10: return panel_tile<10, M>(panel, lanes, x, y);
         case 11: return panel_tile<11, M>(panel, lanes, x, y);
         default: return panel_tile<12, M>(panel, lanes, x, y);
@@ -210,7 +207,7 @@ void multiply(const M& w, const Chunk& rows, const Rows<M>& x, int64_t group, co
 
 // y = x w^T + bias, or y += that.
 inline void linear(const Matrix& m, const float* x_TD, int64_t T, const float* bias_N, float* y_TN, bool add, int threads) {
-    with_weights(m, false, T >= W, [&](auto w) {
+    with_weights(m, false, T >= Int4Pairs::MANY, [&](auto w) {
         Rows<decltype(w)> x(x_TD, m.columns, {0, T}, nullptr, threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t first = 0; first < m.rows; first += CHUNK) {

@@ -34,6 +34,8 @@ template <class V, class S> inline V load(const S* from) {
 
 inline void store(float* to, vec value) { std::memcpy(to, &value, sizeof value); }
 
+inline vec fill(float x) { return vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
 // Loads that cross lines of the cache take twice as long.
 template <class T> struct Aligned : std::allocator<T> {
     template <class U> struct rebind { using other = Aligned<U>; };
@@ -45,25 +47,26 @@ template <class T> struct Aligned : std::allocator<T> {
 };
 template <class T> using Buffer = std::vector<T, Aligned<T>>;
 
-// The sums of up to 16 vectors, that of v[i] in lane i. A fold halves their number: of two it keeps, in the lanes whose
+// The sums of up to 16 vectors, that of leaf(first + i) in lane i; of those from `count` on, whatever. A fold halves their number: of two it keeps, in the lanes whose
 // number has the bit and in those without it, what each of them sums to.
-template <int bit, int... lane> inline vec fold(vec a, vec b, std::integer_sequence<int, lane...>) {
+template <int bit, int... lane> __attribute__((always_inline)) inline vec fold(vec a, vec b, std::integer_sequence<int, lane...>) {
     return __builtin_shufflevector(a, b, (lane & bit ? W + lane : lane)...) +
            __builtin_shufflevector(a, b, (lane & bit ? W + (lane ^ bit) : lane ^ bit)...);
 }
 
-template <int count, int bit = 1> inline vec sums(vec* v) {
-    if constexpr (bit == W) return v[0];
+template <int first, int count, int bit = W, class Leaf> __attribute__((always_inline)) inline vec sums(const Leaf& leaf) {
+    if constexpr (bit == 1) return leaf(std::integral_constant<int, first>());
     else {
-        for (int i = 0; i < count; i += 2) v[i / 2] = fold<bit>(v[i], v[std::min(i + 1, count - 1)], Lanes());
-        return sums<(count + 1) / 2, 2 * bit>(v);
+        vec low = sums<first, count, bit / 2>(leaf);
+        if constexpr (first + bit / 2 >= count) return fold<bit / 2>(low, low, Lanes());
+        else return fold<bit / 2>(low, sums<first + bit / 2, count, bit / 2>(leaf), Lanes());
     }
 }
 
-inline float sum(vec value) { return sums<1>(&value)[0]; }
+inline float sum(vec value) { return sums<0, 1>([&](auto) { return value; })[0]; }
 
 // 16 vectors become those of their first lanes, of their second lanes and so on.
-template <int bit, int... lane> inline void transpose(vec* v, std::integer_sequence<int, lane...> lanes) {
+template <int bit, int... lane> __attribute__((always_inline)) inline void transpose(vec* v, std::integer_sequence<int, lane...> lanes) {
     for (int i = 0; i < W; ++i) {
         if (i & bit) continue;
         vec a = v[i], b = v[i | bit];

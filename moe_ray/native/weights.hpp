@@ -10,13 +10,13 @@
 namespace {
 
 template <class Inputs> struct Weights : Inputs {
-    static constexpr int64_t LEAST = Inputs::STEP, MANY = 16;
+    static constexpr int64_t LEAST = Inputs::STEP, MANY = sizeof(typename Inputs::Input) == 4 ? 48 : 32;
     static constexpr int ROWS = 4;
     static constexpr bool SCALED = false;
     static int64_t stride(int64_t columns) { return (columns + 31) / 32 * 32; }
     static typename Inputs::Values values(const typename Inputs::Input* x) { return load<typename Inputs::Values>(x); }
     float factor(int64_t) const { return 1; }
-    vec finish(int64_t, const typename Inputs::Input*, vec sums) const { return Inputs::total(sums); }
+    vec finish(int64_t, const typename Inputs::Input*, typename Inputs::Sums sums) const { return Inputs::total(sums); }
 };
 
 struct Float32 : Weights<Float32Inputs> {
@@ -120,10 +120,11 @@ struct Int8Words : Int8Codes<Int16Inputs> {
 struct Int4Words : Int4Codes<Int16Inputs> {
     using Int4Codes::Int4Codes;
     static constexpr int64_t STEP = 128, LEAST = 32, MANY = INT64_MAX;
-    static constexpr int ROWS = 2;
+    static constexpr int ROWS = 1;
     static constexpr bool SCALED = true;
+    using Sums = vec;
     struct Values {
-        __m512i word[4];
+        __m512i word0, word1, word2, word3;
         vec scale;
     };
     static int64_t padded(int64_t columns) { return (columns + STEP - 1) / STEP * STEP; }
@@ -144,9 +145,7 @@ struct Int4Words : Int4Codes<Int16Inputs> {
         return scale;
     }
     static Values values(const int16_t* x) {
-        Values found;
-        for (int i = 0; i < 4; ++i) found.word[i] = load<__m512i>(x + 32 * i);
-        return found;
+        return Values{load<__m512i>(x), load<__m512i>(x + 32), load<__m512i>(x + 64), load<__m512i>(x + 96), vec{}};
     }
     Values at(int64_t row, int64_t column) const {
         const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -156,16 +155,18 @@ struct Int4Words : Int4Codes<Int16Inputs> {
         __m128i pairs = _mm_maskz_loadu_epi32(left < STEP ? (1 << left / 32) - 1 : 15, scales + block * 2);
         __m512i scale = _mm512_permutexvar_epi32(spread, _mm512_castsi128_si512(pairs));
         Values found;
-        found.word[0] = _mm512_and_si512(codes, low);
-        found.word[1] = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low);
-        found.word[2] = _mm512_and_si512(_mm512_srli_epi16(codes, 8), low);
-        found.word[3] = _mm512_srli_epi16(codes, 12);
+        found.word0 = _mm512_and_si512(codes, low);
+        found.word1 = _mm512_and_si512(_mm512_srli_epi16(codes, 4), low);
+        found.word2 = _mm512_and_si512(_mm512_srli_epi16(codes, 8), low);
+        found.word3 = _mm512_srli_epi16(codes, 12);
         found.scale = (vec)_mm512_slli_epi32(scale, 16);
         return found;
     }
     static vec add(vec sums, const Values& weights, const Values& values) {
-        __m512i products = _mm512_setzero_si512();
-        for (int i = 0; i < 4; ++i) products = _mm512_dpwssd_epi32(products, weights.word[i], values.word[i]);
+        __m512i products = _mm512_dpwssd_epi32(_mm512_setzero_si512(), weights.word0, values.word0);
+        products = _mm512_dpwssd_epi32(products, weights.word1, values.word1);
+        products = _mm512_dpwssd_epi32(products, weights.word2, values.word2);
+        products = _mm512_dpwssd_epi32(products, weights.word3, values.word3);
         return sums + weights.scale * (vec)_mm512_cvtepi32_ps(products);
     }
     vec finish(int64_t row, const int16_t* x, vec sums) const {
