@@ -72,7 +72,7 @@ def _find_openmp() -> str | None:
 
 
 def _identity(compiler: str, openmp: str | None) -> str:
-    """Changes with the source, the compiler, the processor and the OpenMP runtime."""
+    """Changes with the sources, the compiler, the processor and the OpenMP runtime."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     about = sorted({line for line in lines if line.startswith(("flags", "model", "Features", "CPU part"))})

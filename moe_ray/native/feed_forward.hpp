@@ -109,7 +109,7 @@ inline void feed_forward(const Model& m, const Stacked& in, const Stacked& out, 
                          float* x_TD, int threads) {
     int64_t E = groups.ends.size() - 1, D = m.dim, F = out.weight.columns, N = groups.ends.back(), chosen = 0;
     for (int64_t e = 0; e < E; ++e) chosen += groups.ends[e] < groups.ends[e + 1];
-    bool many = N >= Int4Pairs::MANY * chosen;
+    bool many = N > FEW * chosen;
     Buffer<float> active_NF(N * F);
     hidden(m, in, groups, h_TD, F, many, active_NF.data(), threads);
     with_weights(out.weight, m.cache_type == FLOAT32, many, [&](auto w) {

@@ -207,7 +207,7 @@ void multiply(const M& w, const Chunk& rows, const Rows<M>& x, int64_t group, co
 
 // y = x w^T + bias, or y += that.
 inline void linear(const Matrix& m, const float* x_TD, int64_t T, const float* bias_N, float* y_TN, bool add, int threads) {
-    with_weights(m, false, T >= Int4Pairs::MANY, [&](auto w) {
+    with_weights(m, false, T > FEW, [&](auto w) {
         Rows<decltype(w)> x(x_TD, m.columns, {0, T}, nullptr, threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t first = 0; first < m.rows; first += CHUNK) {

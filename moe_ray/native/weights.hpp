@@ -114,7 +114,7 @@ struct Int8Words : Int8Codes<Int16Inputs> {
     }
 };
 
-// Few tokens: codes of four groups are unpacked where they lie in a vector, one bit mask for each of four vectors of
+// For FEW tokens: codes of four groups are unpacked where they lie in a vector, one bit mask for each of four vectors of
 // 16-bit words, and inputs are put into that order. Products are scaled group by group; lowest values are multiplied
 // with the sums of the inputs of a group, which follow them in the row.
 struct Int4Words : Int4Codes<Int16Inputs> {
@@ -188,7 +188,9 @@ using Int8Words = Int8;
 using Int4Words = Int4;
 #endif
 
-// Inputs may be rounded unless `exact`, and never for weights in float32. `many`: a weight is multiplied with MANY tokens.
+constexpr int64_t FEW = 2;  // tokens up to which int4 is not worth to be looked up
+
+// Inputs may be rounded unless `exact`, and never for weights in float32. `many`: weights meet more than FEW tokens.
 template <class F> inline void with_weights(const Matrix& m, bool exact, bool many, F function) {
     switch (m.type) {
         case FLOAT32: return function(Float32(m));
