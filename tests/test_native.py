@@ -13,6 +13,7 @@ from moe_ray.config import ModelConfig
 from moe_ray.errors import ConfigError
 from moe_ray.models.quantize import QuantizedExperts, dequantize, quantize, quantize_experts
 from moe_ray.models.transformer import build_model
+from moe_ray.native.matrix import as_matrix, multiply
 from moe_ray.serving.engine.cache import BLOCK_TOKENS, KVCache
 from moe_ray.serving.engine.engine import Engine
 from moe_ray.serving.engine.layout import Layout
@@ -30,7 +31,7 @@ BASE = {
     "num_experts": 8,
     "top_k": 2,
     "expert_dim": 96,
-    "max_sequence_length": 128,
+    "max_sequence_length": 320,
     "init_std": 0.2,
 }
 VARIANTS = {
@@ -179,16 +180,18 @@ class TestForward:
     @pytest.mark.parametrize(
         ("variant", "scheme"), [*((v, None) for v in VARIANTS), ("plain", "int8"), ("relu2", "int4")]
     )
-    def test_of_many_tokens_is_that_of_torch(self, variant, scheme):
+    @pytest.mark.parametrize("count", [30, 100, 300])
+    def test_of_many_tokens_is_that_of_torch(self, variant, scheme, count):
         model, logits = build(variant), []
         if scheme is not None:
             quantize_experts(model, scheme)
-        tokens_T = torch.randint(131, (100,), generator=torch.Generator().manual_seed(2))
+        tokens_T = torch.randint(131, (count,), generator=torch.Generator().manual_seed(2))
+        blocks = list(range(1, 21))
         for make in (TorchRunner, NativeRunner):
-            cache = KVCache(model.config, 10, BLOCK_TOKENS, torch.float32, torch.device("cpu"))
+            cache = KVCache(model.config, 21, BLOCK_TOKENS, torch.float32, torch.device("cpu"))
             with torch.inference_mode():
                 runner = make(model, cache)
-                hidden_TD = runner.forward(tokens_T, make_layout_of([(0, 0, 100)], [[1, 2, 3, 4, 5, 6, 7]]))
+                hidden_TD = runner.forward(tokens_T, make_layout_of([(0, 0, count)], [blocks]))
                 logits.append(runner.logits(hidden_TD))
         torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=3e-4)
 
@@ -206,6 +209,60 @@ class TestForward:
                 logits.append(runner.logits(runner.forward(torch.arange(100), layout)))
         errors = [(found - logits[0]).square().mean() for found in logits[1:]]
         assert 0 < errors[1] < 1.5 * errors[0]
+
+
+class TestMultiply:
+    """Row counts and widths that end tiles, blocks and panels in every way."""
+
+    @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 13, 25, 31, 32, 37, 48, 61, 121, 300])
+    @pytest.mark.parametrize(("rows", "columns"), [(32, 64), (70, 544), (19, 96), (5, 1024)])
+    @pytest.mark.parametrize(
+        ("kind", "bound"), [("float32", 1e-6), ("bfloat16", 0.001), ("int8", 0.001), ("int4", 0.002)]
+    )
+    def test_is_the_product(self, kind, bound, rows, columns, count):
+        generator = torch.Generator().manual_seed(count)
+        x_TD, w_ND = (torch.randn(n, columns, generator=generator) for n in (count, rows))
+        if kind in ("int8", "int4"):
+            w_ND, scales = quantize(w_ND, kind)
+            exact_ND = dequantize(w_ND, scales, torch.float32)
+        else:
+            w_ND, scales = w_ND.to(getattr(torch, kind)), None
+            exact_ND = w_ND
+        y_TN = multiply(as_matrix(w_ND, scales), x_TD)
+        true_TN = x_TD.double() @ exact_ND.double().T
+        size_TN = x_TD.norm(dim=1)[:, None] * exact_ND.float().norm(dim=1)
+        assert ((y_TN - true_TN).abs() <= bound * size_TN).all()
+
+    @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+    @pytest.mark.parametrize("columns", [1, 15, 33, 90])
+    @pytest.mark.parametrize("count", [1, 6, 50])
+    def test_of_odd_widths(self, kind, columns, count):
+        generator = torch.Generator().manual_seed(columns)
+        x_TD, w_ND = (torch.randn(n, columns, generator=generator) for n in (count, 21))
+        w_ND = w_ND.to(getattr(torch, kind))
+        bound_TN = (2e-6 if kind == "float32" else 0.005) * (x_TD.abs() @ w_ND.float().abs().T)
+        assert ((multiply(as_matrix(w_ND), x_TD) - x_TD @ w_ND.float().T).abs() <= bound_TN).all()
+
+    @pytest.mark.parametrize("kind", ["int8", "int4"])
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("count", [3, 40])
+    def test_numbers_that_are_not_finite_stay_in_their_row(self, kind, bad, count):
+        x_TD = torch.randn(count, 96, generator=torch.Generator().manual_seed(0))
+        x_TD[1, 70] = bad
+        codes, scales = quantize(torch.randn(40, 96, generator=torch.Generator().manual_seed(1)), kind)
+        finite_T = multiply(as_matrix(codes, scales), x_TD).isfinite().all(dim=1)
+        assert finite_T.tolist() == [i != 1 for i in range(count)]
+
+    def test_codes_of_8_bits_keep_more_than_bfloat16(self):
+        generator = torch.Generator().manual_seed(0)
+        x_TD, w_ND = (torch.randn(n, 2048, generator=generator) for n in (9, 64))
+        # One number far above the others, as the hidden units of large models have them.
+        x_TD[:, 5] *= 300
+        codes, scales = quantize(w_ND, "int8")
+        true_TN = x_TD.double() @ dequantize(codes, scales, torch.float32).double().T
+        rounded_TN = x_TD.bfloat16().double() @ dequantize(codes, scales, torch.float32).double().T
+        errors = [(y - true_TN).square().mean() for y in (multiply(as_matrix(codes, scales), x_TD), rounded_TN)]
+        assert errors[0] < errors[1]
 
 
 class TestEngine:

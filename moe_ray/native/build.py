@@ -15,6 +15,7 @@ from pathlib import Path
 from moe_ray.private_folder import private_folder, user_cache
 
 _SOURCE = Path(__file__).with_name("decode.cpp")
+_HEADERS = sorted(_SOURCE.parent.glob("*.hpp"))
 _FLAGS = ("-std=gnu++17", "-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fopenmp")
 _COMPILE_SECONDS = 300
 
@@ -71,12 +72,13 @@ def _find_openmp() -> str | None:
 
 
 def _identity(compiler: str, openmp: str | None) -> str:
-    """Changes with the source, the compiler, the processor and the OpenMP runtime."""
+    """Changes with the sources, the compiler, the processor and the OpenMP runtime."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     about = sorted({line for line in lines if line.startswith(("flags", "model", "Features", "CPU part"))})
     stat = Path(compiler).stat()
-    parts = (_SOURCE.read_text(), compiler, stat.st_size, stat.st_mtime_ns, openmp, _FLAGS, about)
+    sources = [path.read_text() for path in (_SOURCE, *_HEADERS)]
+    parts = (sources, compiler, stat.st_size, stat.st_mtime_ns, openmp, _FLAGS, about)
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 

@@ -15,7 +15,7 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
 
 
 class Matrix(Structure):
-    """`Matrix` of decode.cpp. It points to the memory of tensors, which have to outlive it."""
+    """`Matrix` of model.hpp. It points to the memory of tensors, which have to outlive it."""
 
     _fields_ = (
         ("data", c_void_p),
@@ -45,7 +45,8 @@ def multiply(matrix: Matrix, x_TD: Tensor) -> Tensor:
     """y_TN = x W^T in float32.
 
     Args:
-        x_TD: float32, contiguous; unless the weight is float32, it may be rounded to bfloat16.
+        x_TD: float32, contiguous; unless the weight is float32, it may be rounded to bfloat16, or to
+            16 bits and a factor of its row if the weight is quantized.
     """
     y_TN = torch.empty(len(x_TD), matrix.rows)
     x, y = c_void_p(x_TD.data_ptr()), c_void_p(y_TN.data_ptr())

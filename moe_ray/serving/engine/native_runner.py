@@ -30,7 +30,7 @@ _ACTIVATIONS = ("swiglu", "swigluoai", "geglu", "gelu", "relu", "relu2")
 
 
 def _struct(name: str, *groups: tuple[Any, str]) -> type[Structure]:
-    """Fields as decode.cpp declares them: of each group a type and names."""
+    """Fields as model.hpp declares them: of each group a type and names."""
     fields = [(field, kind) for kind, names in groups for field in names.split()]
     return type(name, (Structure,), {"_fields_": tuple(fields)})
 
