@@ -21,7 +21,7 @@ import uvicorn
 
 from moe_ray.checkpoint.inference import resolve_source
 from moe_ray.config import build_config
-from moe_ray.cpu import set_threads
+from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.serving.access import open_access
 from moe_ray.serving.app import make_app
 from moe_ray.serving.completions import CompletionService
@@ -91,7 +91,9 @@ def serve(model: str, port: int, settings: list[str]) -> None:
     config = build_config(found.model_dump(mode="json"), settings).serve
     access = open_access(config, "local", lambda: 1)
     set_threads(config.cpus_per_replica)
-    service = CompletionService(load_to_serve(path, config), config)
+    loaded = load_to_serve(path, config)
+    keep_freed_memory()
+    service = CompletionService(loaded, config)
     app = make_app(service, access)
     server = uvicorn.Server(
         uvicorn.Config(

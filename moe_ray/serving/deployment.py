@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp
 
-from moe_ray.cpu import set_threads
+from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.access import open_access
 from moe_ray.serving.affinity.directory import directory_config
@@ -37,7 +37,10 @@ class LanguageModel:
         set_threads(config.cpus_per_replica)
 
         def load(source: str) -> CompletionService:
-            return CompletionService(load_to_serve(source, config), config)
+            model = load_to_serve(source, config)
+            # Not before: what loading frees goes back to the kernel.
+            keep_freed_memory()
+            return CompletionService(model, config)
 
         def make(service: CompletionService) -> FastAPI:
             return make_app(service, self._access)

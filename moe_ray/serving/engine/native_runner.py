@@ -1,6 +1,7 @@
 """Generation on a CPU: a whole forward pass is one call of the C++ in `moe_ray/native`.
 
-Shapes: T tokens of the pass, D model dim, B rows that get a token, V vocabulary, C head dim.
+Shapes: T tokens of the pass, D model dim, B rows that get a token, V vocabulary, C head dim,
+P positions.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ from moe_ray.models.experts import GroupedExperts
 from moe_ray.models.feed_forward import FeedForward
 from moe_ray.models.moe import MoE
 from moe_ray.models.quantize import QuantizedExperts
-from moe_ray.models.rope import rope_cos_sin, softmax_scale
+from moe_ray.models.rope import Rope, rope_cos_sin, softmax_scale
 from moe_ray.models.router import Router
 from moe_ray.models.top_k_router import TopKRouter
 from moe_ray.models.transformer import Block, Transformer
@@ -26,6 +27,8 @@ from moe_ray.serving.engine.cache import KVCache
 from moe_ray.serving.engine.layout import Layout
 from moe_ray.serving.engine.offloaded_layers import ACQUIRE, OffloadedLayers
 
+# Of the first table of rotations.
+_FIRST_POSITIONS = 512
 _ACTIVATIONS = ("swiglu", "swigluoai", "geglu", "gelu", "relu", "relu2")
 
 
@@ -91,6 +94,7 @@ class NativeRunner:
         self._config = model.config
         # Memory that the structures point to.
         self._kept: list[Any] = []
+        self._rope_table: Rope = (torch.empty(0), torch.empty(0))
         self._offloaded = OffloadedLayers(model.config.top_k)
         layers = [
             self._layer(block, index, cache)
@@ -103,7 +107,7 @@ class NativeRunner:
 
     def forward(self, tokens_T: Tensor, layout: Layout) -> Tensor:
         """See `Runner`; the result is float32."""
-        cos, sin = rope_cos_sin(layout.position_T[None], self._config)
+        cos, sin = self._rope(layout.position_T)
         inputs = [tokens_T, layout.position_T, layout.slot_T, layout.count_S, layout.tables_SB, cos, sin]
         inputs = [tensor.contiguous() for tensor in inputs]
         pass_ = _Pass(*map(Tensor.data_ptr, inputs), len(tokens_T), len(layout.count_S), layout.tables_SB.shape[1])
@@ -119,6 +123,15 @@ class NativeRunner:
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """See `Runner`."""
         return multiply(self._head, hidden_BD.float().contiguous())
+
+    def _rope(self, position_T: Tensor) -> Rope:
+        """Rows of a table, which grows with the longest text."""
+        if int(position_T.max()) >= len(self._rope_table[0]):
+            length = max(_FIRST_POSITIONS, 1 << int(position_T.max()).bit_length())
+            cos_11PC, sin_11PC = rope_cos_sin(torch.arange(length)[None], self._config)
+            self._rope_table = cos_11PC[0, 0], sin_11PC[0, 0]
+        cos_PC, sin_PC = self._rope_table
+        return cos_PC[position_T], sin_PC[position_T]
 
     def _describe(self, model: Transformer, cache: KVCache) -> Structure:
         config = self._config
