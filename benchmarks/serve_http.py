@@ -96,7 +96,10 @@ def empty_application() -> Any:
             return "ok"
 
     deploy: Callable[..., Any] = serve.deployment(
-        num_replicas=REPLICAS, ray_actor_options={"num_cpus": 1}, max_ongoing_requests=1000
+        num_replicas=REPLICAS,
+        ray_actor_options={"num_cpus": 1},
+        max_ongoing_requests=1000,
+        logging_config={"enable_access_log": False},
     )
     return deploy(Empty).bind()
 

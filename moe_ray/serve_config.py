@@ -36,7 +36,7 @@ class ServeConfig(Section):
     gpus_per_replica: NonNegativeFloat = Field(0.0, description="GPUs reserved by a replica")
     max_batch_size: Width = Field(64, description="requests that one replica decodes together")
     max_queued_requests: NonNegativeInt = Field(
-        64, description="requests that wait in a replica before it answers 503"
+        192, description="requests that wait in a replica before it answers 503"
     )
     max_queue_seconds: PositiveFloat = Field(
         30.0, description="expected time in its queue from which on a replica answers 503"

@@ -6,6 +6,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
 from moe_ray.cpu import keep_freed_memory, set_threads
@@ -100,5 +101,7 @@ def deployment_options(config: ServeConfig) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": config.drain_seconds,
         "health_check_period_s": 2,
         "health_check_timeout_s": 30,
+        # What a line in Serve's log says of each request is in the audit log and the metrics.
+        "logging_config": LoggingConfig(enable_access_log=False),
         "deployment_actors": [directory_config()] if config.prefix_routing else [],
     }

@@ -12,7 +12,9 @@ _logger = logging.getLogger(__name__)
 
 
 class ReplicaCount:
-    """Asks Serve every few seconds, in a thread: the context of an autoscaled replica always says 1 (Ray 2.60).
+    """Asks Serve every few seconds: the context of an autoscaled replica always says 1 (Ray 2.60).
+
+    It asks in a thread, and only once somebody wants to know, as each answer costs milliseconds.
 
     Args:
         most: what is believed until Serve has answered.
@@ -21,15 +23,19 @@ class ReplicaCount:
     def __init__(self, most: int) -> None:
         self._count = most
         self._context = serve.get_replica_context()
-        threading.Thread(target=self._watch, name="replica-count", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, name="replica-count", daemon=True)
+        self._starting = threading.Lock()
 
     def __call__(self) -> int:
         """The replicas that ran at the last look."""
+        if self._thread.ident is None:
+            with self._starting:
+                if self._thread.ident is None:
+                    self._thread.start()
         return self._count
 
     def _watch(self) -> None:
         while True:
-            time.sleep(_SECONDS)
             try:
                 application = serve.status().applications[self._context.app_name]
                 states = application.deployments[self._context.deployment].replica_states
@@ -37,3 +43,4 @@ class ReplicaCount:
             except Exception as error:
                 # The controller restarts; the last count serves until it is back.
                 _logger.warning("the replicas cannot be counted now: %s", error)
+            time.sleep(_SECONDS)
