@@ -98,7 +98,7 @@ class Endpoint:
         return httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False)
 
 
-@pytest.fixture(scope="module", params=["haproxy", "plain"])
+@pytest.fixture(scope="module", params=["haproxy", pytest.param("plain", marks=pytest.mark.exhaustive)])
 def endpoint(request) -> Iterator[Endpoint]:
     if request.param == "haproxy" and find_haproxy() is None:
         pytest.skip("there is no HAProxy")
@@ -199,6 +199,7 @@ def test_replicas_come_and_go_with_the_load_and_finish_their_streams(endpoint: E
     assert_whole(running)
 
 
+@pytest.mark.exhaustive
 def test_another_deployment_cuts_no_stream_and_fails_no_request(endpoint: Endpoint) -> None:
     endpoint.deploy()
     with streams(endpoint, 4) as running, load(2, Asker(endpoint)):
@@ -251,6 +252,7 @@ def test_only_what_has_not_begun_is_asked_again(endpoint: Endpoint) -> None:
         assert type(waiting.exception()) is httpx.HTTPStatusError
 
 
+@pytest.mark.exhaustive
 def test_a_new_controller_keeps_the_replicas(endpoint: Endpoint) -> None:
     endpoint.deploy()
     asker = Asker(endpoint)
