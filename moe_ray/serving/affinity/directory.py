@@ -85,10 +85,11 @@ class DirectoryClient:
         while True:
             try:
                 # A new one after each failure: a handle stays bound to the actor that it was made for.
-                actor = self._actor if self._answers else await asyncio.to_thread(serve.get_deployment_actor, _NAME)
+                if not self._answers:
+                    self._actor = await asyncio.to_thread(serve.get_deployment_actor, _NAME)
                 async with asyncio.timeout(_ANSWER_SECONDS):
-                    await actor.report.remote(self._report())
-                self._actor, self._answers, self._has_warned = actor, True, False
+                    await self._actor.report.remote(self._report())
+                self._answers, self._has_warned = True, False
             except Exception as error:
                 self._lose(error)
             await asyncio.sleep(_REPORT_SECONDS)
