@@ -41,21 +41,21 @@ def high_throughput(folder: Path, haproxy: Path) -> dict[str, str]:
     """Variables of every process of a cluster, to be set before it starts.
 
     Args:
-        folder: of this cluster alone, for HAProxy's files; its path has at most 33 characters, as Ray makes the
+        folder: of this cluster alone, for HAProxy's files; its path has at most 38 characters, as Ray makes the
             path of a socket out of it, which has 97.
         haproxy: its program.
     """
     files = {
         "CONFIG_FILE_LOC": "haproxy.cfg",
-        "SOCKET_PATH": "a.sock",
-        "METRICS_SOCKET_PATH": "m.sock",
+        "SOCKET_PATH": "a",
+        "METRICS_SOCKET_PATH": "m",
         "SERVER_STATE_BASE": "",
         "SERVER_STATE_FILE": "server-state",
         "BINARY_PATH": "haproxy",
     }
     metrics, stats, fallback_http, fallback_grpc = free_ports(4)
-    # Below those that `free_ports` and the system give to others.
-    first_http, first_grpc = (3000 + _RANGE * slot for slot in secrets.SystemRandom().sample(range(30), 2))
+    # Below those that `free_ports` and the system give to others, above those that Ray's servers have by default.
+    first_http, first_grpc = (10_500 + _RANGE * slot for slot in secrets.SystemRandom().sample(range(18), 2))
     ports = {
         "HAPROXY_METRICS_PORT": metrics,
         "HAPROXY_STATS_PORT": stats,

@@ -270,6 +270,16 @@ class TestRequests:
         with pytest.raises(RequestError, match=f"from 0 to {tokenizer.vocab_size - 1}"):
             engine.submit(make_request("r", [tokenizer.vocab_size]))
 
+    def test_the_tokens_of_one_that_is_late_are_told_before_its_end(self, model, tokenizer):
+        now = [0.0]
+        engine = Engine(model, tokenizer, max_batch_size=4, max_context=MAX_CONTEXT, clock=lambda: now[0])
+        request = make_request("late", [5], max_tokens=40, ignore_eos=True)
+        engine.submit(replace(request, deadline=1.0, piece_tokens=32))
+        assert [engine.step() for _ in range(9)] == [[]] * 9
+        now[0] = 1.0
+        assert [(chunk.num_tokens, chunk.finish_reason) for chunk in engine.step()] == [(9, None), (9, "deadline")]
+        assert not engine.has_work
+
 
 class TestText:
     def test_pieces_make_up_the_text_of_any_tokens(self, tokenizer):

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from cluster.head import fetch
-from cluster.ingress import find_haproxy
+from cluster.ingress import find_haproxy, high_throughput
 from cluster.local import ClusterError, LocalCluster
 from cluster.processes import find_marked
 from tests.conftest import free_port
@@ -63,6 +63,25 @@ def test_haproxy_is_the_default_and_listens_on_this_machine_only(tmp_path):
         assert others <= {"ray::ServeReplica:default:Empty"}
     finally:
         cluster.stop()
+
+
+def test_ports_of_replicas_are_none_that_ray_has_by_default(tmp_path):
+    """HTTP, dashboard, gRPC and client: a replica that is there first would take them."""
+    for _ in range(100):
+        ports = high_throughput(tmp_path, tmp_path / "haproxy")
+        for kind in ("HTTP", "GRPC"):
+            least, most = (int(ports[f"RAY_SERVE_DIRECT_INGRESS_{end}_{kind}_PORT"]) for end in ("MIN", "MAX"))
+            assert not {8000, 8265, 9000, 10001} & set(range(least, most + 1))
+            assert most < 20_000
+
+
+def test_sockets_have_short_paths_for_users_with_long_ids(tmp_path):
+    # Ray puts the name of the node between folder and file.
+    folder, node = f"/tmp/moe_ray-{2**32 - 1}/01234567/p", "n" * 56
+    variables = high_throughput(tmp_path, tmp_path / "haproxy")
+    for name in ("SOCKET_PATH", "METRICS_SOCKET_PATH"):
+        file = variables[f"RAY_SERVE_HAPROXY_{name}"].removeprefix(f"{tmp_path}/")
+        assert len(f"{folder}/{node}/{file}") <= 97
 
 
 def answers(port: int) -> bool:

@@ -1,5 +1,7 @@
 """Three replicas on real Ray Serve: conversations meet their caches, and what is lost costs no answer."""
 
+import asyncio
+import itertools
 import json
 import os
 import re
@@ -9,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from moe_ray.serving.affinity.directory import DirectoryClient
+from moe_ray.serving.affinity.router import PrefixRouter, Report
 from moe_ray.serving.api_keys import make_key
 from tests.chat_model import NAME, write_chat_folder
 from tests.conftest import free_port
@@ -165,6 +169,39 @@ def test_a_client_that_leaves_frees_the_replica_that_answers(endpoint):
             assert s.status_code == 200
             next(s.iter_raw())
     until(lambda: endpoint.total("running") == 0)
+
+
+def test_what_nobody_waits_for_is_no_work(ray_cluster, monkeypatch):
+    import ray
+    from ray import serve
+
+    router = ray.remote(PrefixRouter).options(num_cpus=0).remote()
+    monkeypatch.setattr(serve, "get_deployment_actor", lambda name: router)
+    links = itertools.count()
+
+    def prompt():
+        return [next(links) for _ in range(30)]
+
+    async def main():
+        await router.report.remote(Report("other", "other:1", 0.0, 10_000))
+        client = DirectoryClient("here", lambda: Report("here", "here:1", 0.0, 10_000))
+        try:
+            while (choice := await client.choose(prompt())) is None:
+                await asyncio.sleep(0.01)
+            client.finish(choice)
+            for _ in range(5):
+                asking = asyncio.create_task(client.choose(prompt()))
+                await asyncio.sleep(0)
+                asking.cancel()
+            for _ in range(300):
+                choice = await client.choose(prompt())
+                client.finish(choice)
+            assert choice.replica == "here"
+        finally:
+            await client.close()
+
+    asyncio.run(main())
+    ray.kill(router)
 
 
 def test_errors_come_back_whole(endpoint):

@@ -34,37 +34,49 @@ class DirectoryClient:
 
     def __init__(self, replica: str, report: Callable[[], Report]) -> None:
         self.replica, self._report = replica, report
-        # None while it does not answer; then nobody asks, and only reports find it again.
         self._actor: Any = None
+        # While it does not nobody asks, and only reports find it again.
+        self._answers = False
         self._has_warned = False
         self._reporting = asyncio.create_task(self._keep_reporting())
 
     async def choose(self, chain: Sequence[int]) -> Choice | None:
         """Where a prompt should go; None if nobody can tell."""
-        actor = self._actor
-        if actor is None:
+        if not self._answers:
             return None
+        asking = asyncio.create_task(self._ask(chain))
         try:
             async with asyncio.timeout(_ANSWER_SECONDS):
-                return await actor.choose.remote(self._report(), chain)
-        except Exception as error:
+                return await asyncio.shield(asking)
+        except BaseException as error:
+            # The directory may choose all the same, and would wait for the end of it for ever.
+            asking.add_done_callback(self._take_back)
+            if not isinstance(error, Exception):
+                raise
             self._lose(error)
             return None
 
+    async def _ask(self, chain: Sequence[int]) -> Choice:
+        return await self._actor.choose.remote(self._report(), chain)
+
+    def _take_back(self, asking: asyncio.Task[Choice]) -> None:
+        if not asking.cancelled() and asking.exception() is None:
+            self.finish(asking.result())
+
     def finish(self, choice: Choice) -> None:
-        """A request has ended."""
+        """A request has ended; a directory that was only slow to answer has to know it too."""
         if self._actor is not None:
             self._actor.finish.remote(self.replica, choice)
 
     def keep(self, choice: Choice, chain: Sequence[int]) -> None:
         """The replica that was chosen did not answer; this one does."""
-        if self._actor is not None:
+        if self._answers:
             self._actor.keep.remote(self._report(), choice, chain)
 
     async def close(self) -> None:
         """Take this replica out of the directory."""
         self._reporting.cancel()
-        if self._actor is not None:
+        if self._answers:
             with contextlib.suppress(Exception):
                 async with asyncio.timeout(_ANSWER_SECONDS):
                     await self._actor.remove.remote(self.replica)
@@ -73,10 +85,11 @@ class DirectoryClient:
         while True:
             try:
                 # A new one after each failure: a handle stays bound to the actor that it was made for.
-                actor = self._actor or await asyncio.to_thread(serve.get_deployment_actor, _NAME)
+                if not self._answers:
+                    self._actor = await asyncio.to_thread(serve.get_deployment_actor, _NAME)
                 async with asyncio.timeout(_ANSWER_SECONDS):
-                    await actor.report.remote(self._report())
-                self._actor, self._has_warned = actor, False
+                    await self._actor.report.remote(self._report())
+                self._answers, self._has_warned = True, False
             except Exception as error:
                 self._lose(error)
             await asyncio.sleep(_REPORT_SECONDS)
@@ -84,4 +97,4 @@ class DirectoryClient:
     def _lose(self, error: Exception) -> None:
         if not self._has_warned:
             _logger.warning("the prefix directory does not answer, requests stay where they come: %r", error)
-        self._actor, self._has_warned = None, True
+        self._answers, self._has_warned = False, True

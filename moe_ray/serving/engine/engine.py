@@ -225,7 +225,7 @@ class Engine:
             generation = self._generations.get(request_id)
             # Another request may have the name of one that ended before its deadline.
             if generation is not None and generation.request.deadline == deadline:
-                chunks.append(generation.fail("deadline"))
+                chunks += generation.expire()
                 self.cancel(request_id)
                 self._missed_deadlines += 1
         return chunks

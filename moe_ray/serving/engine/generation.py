@@ -60,6 +60,11 @@ class Generation:
         self.finish_reason = reason
         return self._chunk("", ())
 
+    def expire(self) -> list[Chunk]:
+        """End it here, as its deadline has passed; what is gathered goes before, to be counted."""
+        has_gathered = self.request.piece_tokens > 1 and self._num_tokens
+        return [*([self._chunk(self._gathered, ())] if has_gathered else []), self.fail("deadline")]
+
     def _release(self, text: str) -> Chunk | None:
         if self.finish_reason:
             text += self._stop_filter.flush()
