@@ -65,7 +65,7 @@ class VllmEngine:
         arguments = engine_arguments(folder, model, config, max_context)
         self._thread = threading.Thread(target=self._run, args=(arguments, started), name="vllm", daemon=True)
         self._thread.start()
-        self._llm = started.result()
+        self._llm: Any = started.result()
 
     @property
     def is_alive(self) -> bool:
@@ -126,6 +126,8 @@ class VllmEngine:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        # Its finalizer fails in an interpreter that ends.
+        self._llm = None
 
     def _run(self, arguments: dict[str, Any], started: Future[Any]) -> None:
         asyncio.set_event_loop(self._loop)
@@ -202,7 +204,9 @@ class VllmEngine:
             self._counts["generated_tokens"] += len(completion.token_ids)
         for index, token_id in enumerate(completion.token_ids):
             wanted = generation.request.params.logprobs
-            logprob = None if wanted is None else to_logprob(completion.logprobs[index], token_id, wanted)
+            logprob = None
+            if wanted is not None:
+                logprob = to_logprob(completion.logprobs[index], token_id, wanted, self._vocab_size)
             chunk = generation.append(Choice(token_id, logprob))
             if chunk is not None:
                 chunks.append(chunk)

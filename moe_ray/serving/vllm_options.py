@@ -117,7 +117,12 @@ def sampling_params(params: SamplingParams, tokenizer: Tokenizer, allowed_ids: l
     )
 
 
-def to_logprob(found: dict[int, Any], token_id: int, count: int) -> Logprob:
-    """That of a chosen token, of what vLLM found in its place: itself and the most likely ones, with ranks."""
+def to_logprob(found: dict[int, Any], token_id: int, count: int, vocab_size: int) -> Logprob:
+    """That of a chosen token, of what vLLM found in its place: itself and the most likely ones, with ranks.
+
+    Args:
+        vocab_size: rows of the model from here on are no tokens, and left out.
+    """
     ranked = sorted((lp.rank, other, lp.logprob) for other, lp in found.items() if lp.rank <= count)
-    return Logprob(found[token_id].logprob, tuple((other, value) for _, other, value in ranked[:count]))
+    top = tuple((other, value) for _, other, value in ranked[:count] if other < vocab_size)
+    return Logprob(found[token_id].logprob, top)
