@@ -65,7 +65,7 @@ class VllmEngine:
         arguments = engine_arguments(folder, model, config, max_context)
         self._thread = threading.Thread(target=self._run, args=(arguments, started), name="vllm", daemon=True)
         self._thread.start()
-        self._llm: Any = started.result()
+        self._llm = started.result()
 
     @property
     def is_alive(self) -> bool:
@@ -126,8 +126,6 @@ class VllmEngine:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        # Its finalizer fails in an interpreter that ends.
-        self._llm = None
 
     def _run(self, arguments: dict[str, Any], started: Future[Any]) -> None:
         asyncio.set_event_loop(self._loop)

@@ -1,6 +1,7 @@
 """What vLLM is told: our settings and the parameters of requests in its terms."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.engine.cache import FREE_SHARE, blocks_of, bytes_per_block, count_blocks
 from moe_ray.serving.engine.request import MAX_LOGPROBS, SamplingParams, Tokenizer
 from moe_ray.serving.engine.sampler import Logprob
+from moe_ray.serving.vllm_plugin import OWNER
 
 _LEAST_TEMPERATURE = 0.01
 # Tokens of a block of its CPU cache, to which each text is rounded up.
@@ -48,6 +50,7 @@ def engine_arguments(folder: Path, model: ModelConfig, config: ServeConfig, max_
         arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes or _cpu_cache_bytes(model, config, max_context)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    os.environ[OWNER] = str(os.getpid())
     return arguments
 
 
@@ -124,5 +127,6 @@ def to_logprob(found: dict[int, Any], token_id: int, count: int, vocab_size: int
         vocab_size: rows of the model from here on are no tokens, and left out.
     """
     ranked = sorted((lp.rank, other, lp.logprob) for other, lp in found.items() if lp.rank <= count)
-    top = tuple((other, value) for _, other, value in ranked[:count] if other < vocab_size)
+    # What a grammar forbids has -inf.
+    top = tuple((other, lp) for _, other, lp in ranked[:count] if other < vocab_size and lp > -math.inf)
     return Logprob(found[token_id].logprob, top)
