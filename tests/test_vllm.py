@@ -280,18 +280,6 @@ def test_a_checkpoint_is_served_and_stopped_with_its_texts(checkpoint: Path, tmp
     assert (made / "config.json").exists()
 
 
-@needs_vllm
-@pytest.mark.slow
-@pytest.mark.timeout(START_SECONDS)
-def test_vllm_ends_with_a_process_that_is_killed(folder: Path, tmp_path: Path) -> None:
-    with serving(folder, tmp_path, "max_batch_size=2") as (client, process):
-        assert client.post("/v1/completions", json=body()).status_code == 200
-        children = psutil.Process(process.pid).children(recursive=True)
-        assert children
-        process.kill()
-        assert not psutil.wait_procs(children, timeout=60)[1]
-
-
 def test_without_vllm_it_is_refused_in_one_line(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=r"serve\.engine=vllm needs vLLM, which is not installed.*extra 'vllm'"):
         build({"checkpoint": str(checkpoint), "serve.engine": "vllm"})

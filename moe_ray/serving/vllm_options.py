@@ -14,7 +14,6 @@ from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.engine.cache import FREE_SHARE, blocks_of, bytes_per_block, count_blocks
 from moe_ray.serving.engine.request import MAX_LOGPROBS, SamplingParams, Tokenizer
 from moe_ray.serving.engine.sampler import Logprob
-from moe_ray.serving.vllm_plugin import OWNER
 
 _LEAST_TEMPERATURE = 0.01
 # Tokens of a block of its CPU cache, to which each text is rounded up.
@@ -50,7 +49,6 @@ def engine_arguments(folder: Path, model: ModelConfig, config: ServeConfig, max_
         arguments["kv_cache_memory_bytes"] = config.kv_cache_bytes or _cpu_cache_bytes(model, config, max_context)
     for name, value in settings.items():
         os.environ.setdefault(name, value)
-    os.environ[OWNER] = str(os.getpid())
     return arguments
 
 
