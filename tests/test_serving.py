@@ -6,6 +6,7 @@ import json
 import queue
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx
@@ -39,20 +40,23 @@ LONG = {"max_tokens": 8000, "temperature": 0}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A run folder whose model never takes the end-of-text token at temperature 0."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("storage")
+    return save_run(tmp_path_factory.mktemp("storage"))
+
+
+def save_run(folder: Path, dim: int = 32) -> Path:
+    """A run folder whose model never takes the end-of-text token at temperature 0."""
     tokenizer = train_tokenizer(["the cat sat on the mat and saw the other cat", "naïve 東京 🙂"] * 5, 300)
     tokenizer.save(folder / "tokenizer.json")
     config = Config(
         model=ModelConfig(
             vocab_size=tokenizer.vocab_size,
-            dim=32,
+            dim=dim,
             num_layers=2,
             num_heads=2,
             num_kv_heads=1,
             num_experts=4,
-            expert_dim=32,
+            expert_dim=dim,
             max_sequence_length=MAX_CONTEXT,
             init_std=0.4,
         ),

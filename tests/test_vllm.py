@@ -30,7 +30,7 @@ from moe_ray.serving.load_to_serve import load_to_serve
 from moe_ray.serving.vllm_folder import check_vllm, folder_for_vllm
 from serve_apps.moe_lm import build
 from tests.conftest import free_port
-from tests.test_serving import checkpoint  # noqa: F401
+from tests.test_serving import save_run
 from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,9 +46,11 @@ MODEL = {
     "num_kv_heads": 1,
     "num_experts": 4,
     "expert_dim": 128,
-    "max_sequence_length": 256,
+    "max_sequence_length": 4096,
     "init_std": 0.3,
 }
+# Takes seconds.
+LONG = {"max_tokens": 4000, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_folder(load_for_inference(root / "plain", None), root / "tiny")
     (root / "tiny" / "chat_template.jinja").write_text(TEMPLATE)
     return root / "tiny"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with heads as wide as vLLM's attention on CPUs wants them."""
+    return save_run(tmp_path_factory.mktemp("storage"), dim=128)
 
 
 @pytest.fixture(scope="module")
@@ -159,15 +167,18 @@ class TestEndpoint:
         assert "".join(piece.choices[0].text for piece in pieces) == whole["text"]
         assert pieces[-1].choices[0].finish_reason == whole["finish_reason"]
 
-    def test_logprobs_are_those_of_our_engine(self, endpoint, ours):
+    def test_logprobs_are_ours_but_for_the_share_of_rows_that_are_no_tokens(self, endpoint, ours):
         fields = {"logprobs": 3, "presence_penalty": 1.0, "max_tokens": 8}
         theirs = endpoint.post("/v1/completions", json=body(**fields)).json()["choices"][0]["logprobs"]
         mine = ours("/v1/completions", body(**fields)).json()["choices"][0]["logprobs"]
         assert theirs["tokens"] == mine["tokens"]
         assert theirs["text_offset"] == mine["text_offset"]
-        assert theirs["token_logprobs"] == pytest.approx(mine["token_logprobs"], abs=1e-3)
-        for found, expected in zip(theirs["top_logprobs"], mine["top_logprobs"], strict=True):
-            assert found == pytest.approx(expected, abs=1e-3)
+        for index, (found, expected) in enumerate(zip(theirs["top_logprobs"], mine["top_logprobs"], strict=True)):
+            share = theirs["token_logprobs"][index] - mine["token_logprobs"][index]
+            assert share < 1e-3
+            # Rows that are no tokens may take places of the most likely.
+            shifted = {text: expected[text] + share for text in found}
+            assert found == pytest.approx(shifted, abs=1e-3)
 
     def test_a_seed_gives_the_same_text_again_and_another_one_another(self, endpoint):
         def text(seed):
@@ -193,7 +204,8 @@ class TestEndpoint:
         assert json.dumps(json.loads(text), ensure_ascii=False) == text
         assert set(json.loads(text)) == {"animal", "legs"}
         assert choice["finish_reason"] == "stop"
-        assert len(choice["logprobs"]["content"][0]["top_logprobs"]) == 2
+        # What the grammar forbids is none of the most likely.
+        assert all(len(token["top_logprobs"]) <= 2 for token in choice["logprobs"]["content"])
 
     @pytest.mark.parametrize(
         ("path", "fields", "param"),
@@ -201,7 +213,7 @@ class TestEndpoint:
             ("completions", {"temperature": 0.001}, "temperature"),
             ("completions", {"repetition_penalty": 1.1, "logit_bias": {"5": 1}}, "logit_bias"),
             ("completions", {"echo": True, "logprobs": 1}, None),
-            ("completions", {"max_tokens": 1000}, "max_tokens"),
+            ("completions", {"max_tokens": 5000}, "max_tokens"),
             ("completions", {"prompt": [100000]}, "prompt"),
             ("embeddings", {"input": "the cat"}, None),
             ("routing", {"input": "the cat"}, None),
@@ -219,42 +231,46 @@ class TestEndpoint:
 
     def test_a_deadline_ends_a_text(self, endpoint):
         before = counts(endpoint)["missed_deadlines_total"]
-        answer = endpoint.post("/v1/completions", json=body(max_tokens=240, ignore_eos=True, timeout=1e-6))
+        answer = endpoint.post("/v1/completions", json=body(**LONG, timeout=1e-6))
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
         assert counts(endpoint)["missed_deadlines_total"] == before + 1
 
     def test_a_client_that_goes_away_frees_its_place(self, endpoint):
-        asked = body(max_tokens=240, ignore_eos=True, stream=True)
-        with endpoint.stream("POST", "/v1/completions", json=asked) as answer:
+        before = counts(endpoint)["generated_tokens_total"]
+        with endpoint.stream("POST", "/v1/completions", json=body(**LONG, stream=True)) as answer:
             next(answer.iter_lines())
             assert counts(endpoint)["running"] + counts(endpoint)["waiting"] == 1
         until(lambda: counts(endpoint)["running"] + counts(endpoint)["waiting"] == 0)
-        assert counts(endpoint)["generated_tokens_total"] > 0
+        assert 0 < counts(endpoint)["generated_tokens_total"] - before < LONG["max_tokens"]
 
     def test_more_than_it_takes_is_a_503(self, endpoint):
         with contextlib.ExitStack() as stack:
-            asked = body(max_tokens=240, ignore_eos=True, stream=True)
             for _ in range(6):
-                answer = stack.enter_context(endpoint.stream("POST", "/v1/completions", json=asked))
+                asked = endpoint.stream("POST", "/v1/completions", json=body(**LONG, stream=True))
+                answer = stack.enter_context(asked)
                 assert answer.status_code == 200
-            refused = endpoint.post("/v1/completions", json=body())
-            # Unless one has ended already.
-            assert refused.status_code == 503 or counts(endpoint)["running"] < 6
+            assert endpoint.post("/v1/completions", json=body()).status_code == 503
         until(lambda: counts(endpoint)["running"] + counts(endpoint)["waiting"] == 0)
 
 
 @needs_vllm
 @pytest.mark.slow
 @pytest.mark.timeout(START_SECONDS)
-def test_a_checkpoint_is_served_and_stopped_with_its_texts(checkpoint: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_checkpoint_is_served_and_stopped_with_its_texts(checkpoint: Path, tmp_path: Path) -> None:
     """It is written as a folder once; and who ends the endpoint ends vLLM's process too."""
     with serving(checkpoint, tmp_path, "max_batch_size=2", "max_context=512") as (client, process):
         loaded = load_for_inference(checkpoint)
         config = ServeConfig(runner="torch", weights_folder="", max_context=512)
         service = CompletionService(loaded, config)
-        found = client.post("/v1/completions", json=body(max_tokens=20)).json()["choices"]
-        asked = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(service)), base_url="http://ours")
-        assert found == asyncio.run(asked.post("/v1/completions", json=body(max_tokens=20))).json()["choices"]
+        asked = body(max_tokens=20, logprobs=3)
+        found = client.post("/v1/completions", json=asked).json()["choices"][0]
+        local = httpx.AsyncClient(transport=httpx.ASGITransport(make_app(service)), base_url="http://ours")
+        expected = asyncio.run(local.post("/v1/completions", json=asked)).json()["choices"][0]
+        assert found["text"] == expected["text"]
+        for position, other in zip(
+            found["logprobs"]["top_logprobs"], expected["logprobs"]["top_logprobs"], strict=True
+        ):
+            assert position == pytest.approx(other, abs=1e-3)
         service.close()
         children = psutil.Process(process.pid).children(recursive=True)
         assert children
@@ -264,7 +280,7 @@ def test_a_checkpoint_is_served_and_stopped_with_its_texts(checkpoint: Path, tmp
     assert (made / "config.json").exists()
 
 
-def test_without_vllm_it_is_refused_in_one_line(checkpoint: Path) -> None:  # noqa: F811
+def test_without_vllm_it_is_refused_in_one_line(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match=r"serve\.engine=vllm needs vLLM, which is not installed.*extra 'vllm'"):
         build({"checkpoint": str(checkpoint), "serve.engine": "vllm"})
     # In a replica too, whose environment may be another.
@@ -299,7 +315,7 @@ def test_models_that_vllm_does_not_read_are_refused(folder: Path, tmp_path: Path
 
 
 def test_a_checkpoint_becomes_a_folder_once(
-    checkpoint: Path,  # noqa: F811
+    checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

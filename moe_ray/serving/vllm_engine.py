@@ -202,7 +202,9 @@ class VllmEngine:
             self._counts["generated_tokens"] += len(completion.token_ids)
         for index, token_id in enumerate(completion.token_ids):
             wanted = generation.request.params.logprobs
-            logprob = None if wanted is None else to_logprob(completion.logprobs[index], token_id, wanted)
+            logprob = None
+            if wanted is not None:
+                logprob = to_logprob(completion.logprobs[index], token_id, wanted, self._vocab_size)
             chunk = generation.append(Choice(token_id, logprob))
             if chunk is not None:
                 chunks.append(chunk)

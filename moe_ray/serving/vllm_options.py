@@ -1,6 +1,7 @@
 """What vLLM is told: our settings and the parameters of requests in its terms."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,13 @@ def sampling_params(params: SamplingParams, tokenizer: Tokenizer, allowed_ids: l
     )
 
 
-def to_logprob(found: dict[int, Any], token_id: int, count: int) -> Logprob:
-    """That of a chosen token, of what vLLM found in its place: itself and the most likely ones, with ranks."""
+def to_logprob(found: dict[int, Any], token_id: int, count: int, vocab_size: int) -> Logprob:
+    """That of a chosen token, of what vLLM found in its place: itself and the most likely ones, with ranks.
+
+    Args:
+        vocab_size: rows of the model from here on are no tokens, and left out.
+    """
     ranked = sorted((lp.rank, other, lp.logprob) for other, lp in found.items() if lp.rank <= count)
-    return Logprob(found[token_id].logprob, tuple((other, value) for _, other, value in ranked[:count]))
+    # What a grammar forbids has -inf.
+    top = tuple((other, lp) for _, other, lp in ranked[:count] if other < vocab_size and lp > -math.inf)
+    return Logprob(found[token_id].logprob, top)
