@@ -8,7 +8,7 @@ import difflib
 from ray.serve import Application
 
 from moe_ray.checkpoint.catalog import list_steps
-from moe_ray.checkpoint.inference import resolve_source
+from moe_ray.checkpoint.inference import check_expert_budget, resolve_source
 from moe_ray.config import build_config
 from moe_ray.errors import ConfigError
 from moe_ray.serve_config import ServeConfig
@@ -49,6 +49,8 @@ def build(args: dict[str, str]) -> Application:
         check_vllm(config.serve, config.model)
     # Told here in one line; a replica would be started again and again.
     load_keys(config.serve.api_keys_file)
+    if config.serve.expert_memory_bytes is not None:
+        check_expert_budget(path, config.serve.dtype, config.serve.quantize, config.serve.expert_memory_bytes)
     if not config.serve.follow:
         return make_application(str(path), config.serve)
     run = open_storage(args["checkpoint"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from jobs.export import main as export
 from moe_ray.checkpoint.inference import load_for_inference
 from moe_ray.config import ModelConfig, build_config
 from moe_ray.data.tokenizer import train_tokenizer
@@ -379,3 +380,18 @@ class TestPredictor:
             predictor.learn(0, np.array([[1]] * 100), np.array([[2]] * 100))
         likelihood = predictor.likelihood(0, np.array([[1]]))
         assert likelihood[2] > 0.9 > 0.1 > likelihood[0]
+
+
+def test_what_would_stop_each_replica_is_told_before_there_are_any(source, packs, tmp_path):
+    from serve_apps.moe_lm import build
+
+    def ask(folder, **fields):
+        args = {"checkpoint": str(folder), "serve.weights_folder": str(packs)}
+        build(args | {f"serve.{name}": str(value) for name, value in fields.items()})
+
+    with pytest.raises(ConfigError, match=f"does not hold the {NUM_EXPERTS} experts of a layer"):
+        ask(source, expert_memory_bytes=1000)
+    export(str(source), str(tmp_path / "int8"), ["quantize=int8"])
+    with pytest.raises(ConfigError, match="are not quantized yet"):
+        ask(tmp_path / "int8", expert_memory_bytes=2**30)
+    assert not packs.exists()

@@ -66,7 +66,7 @@ def test_make_knows_all_targets() -> None:
 
 
 def test_linked_files_exist() -> None:
-    links = re.findall(r"\]\(([^)]+)\)", README)
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README)]
     assert [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()] == []
 
 

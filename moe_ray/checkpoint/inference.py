@@ -22,7 +22,8 @@ from moe_ray.models.hf.sidecars import read_sidecars, token_ids
 from moe_ray.models.quantize import quantize_experts, scheme_of
 from moe_ray.models.router import Router
 from moe_ray.models.transformer import Transformer, materialize
-from moe_ray.offload.experts import offload_experts, open_experts
+from moe_ray.offload.experts import offload_experts, offloaded_experts, open_experts
+from moe_ray.offload.resident import check_budget
 from moe_ray.section import Dtype, Quantize
 
 
@@ -121,6 +122,11 @@ def stored_scheme(source: str | Path) -> Quantize:
     return _open(source).quantize
 
 
+def check_expert_budget(source: str | Path, dtype: Dtype, quantize: Quantize, expert_bytes: int) -> None:
+    """Raise a ConfigError if `load_for_inference` would, for this budget of experts."""
+    _offloaded_skeleton(_open(source), dtype, quantize, expert_bytes)
+
+
 @dataclass(frozen=True)
 class _Opened:
     """Where a model is and what its settings are; a Hugging Face folder has no manifest."""
@@ -173,17 +179,11 @@ def _load_packed(
     opened: _Opened, packs: Path, dtype: Dtype, quantize: Quantize, expert_bytes: int | None, prefetch: bool
 ) -> Transformer:
     """The model with its weights in a pack, and its experts in a file beside it if they have a budget."""
-    skeleton = _skeleton(opened.config, dtype, quantize)
     if expert_bytes is None:
+        skeleton = _skeleton(opened.config, dtype, quantize)
         pack = pack_path(packs, origin := Origin(opened.path, f"{dtype} {quantize}"))
         return load_shared(pack, origin, skeleton, lambda: _load(opened, dtype, "cpu", quantize))
-    if opened.quantize != "none":
-        raise ConfigError(
-            f"serve.expert_memory_bytes={expert_bytes} needs experts that are stored as numbers, and "
-            f"{str(opened.path)!r} has them in {opened.quantize}.",
-            "serve the model that the folder was made of, with serve.quantize.",
-        )
-    offload_experts(skeleton)
+    skeleton = _offloaded_skeleton(opened, dtype, quantize, expert_bytes)
     pack = pack_path(packs, origin := Origin(opened.path, f"{dtype} {quantize} offloaded"))
     path = experts_path(pack)
 
@@ -195,6 +195,19 @@ def _load_packed(
     model = load_shared(pack, origin, skeleton, load)
     open_experts(model, path, expert_bytes, prefetch)
     return model
+
+
+def _offloaded_skeleton(opened: _Opened, dtype: Dtype, quantize: Quantize, expert_bytes: int) -> Transformer:
+    if opened.quantize != "none":
+        raise ConfigError(
+            f"serve.expert_memory_bytes={expert_bytes} needs experts that are not quantized yet, "
+            f"and {str(opened.path)!r} has them in {opened.quantize}.",
+            "serve the model that the folder was made of, with serve.quantize.",
+        )
+    skeleton = _skeleton(opened.config, dtype, quantize)
+    offload_experts(skeleton)
+    check_budget(next(offloaded_experts(skeleton)).record, opened.config.model.num_experts, expert_bytes)
+    return skeleton
 
 
 def _reader(opened: _Opened, folder: OpenFolder | None) -> Read:

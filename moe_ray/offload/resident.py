@@ -66,6 +66,16 @@ class _Entry:
     reading: Future[None]
 
 
+def check_budget(record: Record, num_experts: int, budget_bytes: int) -> None:
+    """Raise a ConfigError unless the budget holds the experts of a layer, all of which a step may need."""
+    least = num_experts * record.num_bytes
+    if budget_bytes < least:
+        raise ConfigError(
+            f"serve.expert_memory_bytes={budget_bytes} does not hold the {num_experts} experts of a layer.",
+            f"give at least {least}, or quantize the experts.",
+        )
+
+
 class ResidentExperts:
     """Slots for the experts of a model. One thread calls all methods.
 
@@ -87,12 +97,7 @@ class ResidentExperts:
         budget_bytes: int,
         prefetch: bool,
     ) -> None:
-        least = num_experts * record.num_bytes
-        if budget_bytes < least:
-            raise ConfigError(
-                f"serve.expert_memory_bytes={budget_bytes} does not hold the {num_experts} experts of a layer.",
-                f"give at least {least}, or quantize the experts.",
-            )
+        check_budget(record, num_experts, budget_bytes)
         self._file, self._record, self._num_experts = file, record, num_experts
         num_slots = min(budget_bytes // record.num_bytes, num_layers * num_experts)
         # Whole pages, which take memory only when they are first used.

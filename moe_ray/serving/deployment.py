@@ -35,6 +35,8 @@ class LanguageModel:
         self._membership: Membership | None = None
         self._affinity = AffinityStats()
         self._access = open_access(config, replica, count, answers_id=False, counts=(self._affinity,))
+        if any(key.requests_per_minute or key.tokens_per_minute for key in self._access.keys):
+            count.start()
         set_threads(config.cpus_per_replica)
 
         def load(source: str) -> CompletionService:

@@ -14,7 +14,7 @@ _logger = logging.getLogger(__name__)
 class ReplicaCount:
     """Asks Serve every few seconds: the context of an autoscaled replica always says 1 (Ray 2.60).
 
-    It asks in a thread, and only once somebody wants to know, as each answer costs milliseconds.
+    It asks in a thread, which is to be started where somebody wants to know, as each answer costs milliseconds.
 
     Args:
         most: what is believed until Serve has answered.
@@ -23,23 +23,21 @@ class ReplicaCount:
     def __init__(self, most: int) -> None:
         self._count = most
         self._context = serve.get_replica_context()
-        self._thread = threading.Thread(target=self._watch, name="replica-count", daemon=True)
-        self._starting = threading.Lock()
 
     def __call__(self) -> int:
-        """The replicas that ran at the last look."""
-        if self._thread.ident is None:
-            with self._starting:
-                if self._thread.ident is None:
-                    self._thread.start()
+        """The replicas that ran or were about to at the last look."""
         return self._count
+
+    def start(self) -> None:
+        """Look from now on."""
+        threading.Thread(target=self._watch, name="replica-count", daemon=True).start()
 
     def _watch(self) -> None:
         while True:
             try:
                 application = serve.status().applications[self._context.app_name]
                 states = application.deployments[self._context.deployment].replica_states
-                self._count = max(states.get(ReplicaState.RUNNING, 0), 1)
+                self._count = max(sum(states.values()) - states.get(ReplicaState.STOPPING, 0), 1)
             except Exception as error:
                 # The controller restarts; the last count serves until it is back.
                 _logger.warning("the replicas cannot be counted now: %s", error)
