@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import logging
 import os
 import signal
 import tempfile
@@ -27,9 +26,9 @@ import numpy as np
 import uvloop
 from http_load import post
 from patient_clients import Answers, Crowd
-from serve_http import ROOT, make_model, make_prompts
+from serve_http import ROOT, make_model, make_prompts, start_serve
 
-from cluster.head import LOOPBACK, Head, free_port
+from cluster.head import Head
 from cluster.local import ClusterError, LocalCluster, Proxy
 from cluster.processes import find_marked
 
@@ -99,20 +98,6 @@ def main(arguments: argparse.Namespace) -> None:
         finally:
             cluster.stop()
     compare(found, arguments)
-
-
-def start_serve() -> int:
-    """Connect to the cluster and start Serve; returns the port."""
-    import ray
-    from ray import serve
-
-    ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    port = free_port(28_000)
-    options: Any = {"host": LOOPBACK, "port": port}
-    serve.start(http_options=options)
-    return port
 
 
 def deploy(model: Path, policy: str, most: int) -> None:

@@ -15,7 +15,6 @@ Targets: no request fails, routed conversations hit at 95% of the limit, short r
 import argparse
 import asyncio
 import json
-import logging
 import os
 import statistics
 import tempfile
@@ -28,8 +27,9 @@ import aiohttp
 import numpy as np
 import uvloop
 from http_load import Load, post, run_load
+from serve_http import start_serve
 
-from cluster.head import LOOPBACK, free_port
+from cluster.head import LOOPBACK
 from cluster.local import LocalCluster, Proxy
 from moe_ray.config import ModelConfig
 from moe_ray.data.tokenizer import train_tokenizer
@@ -107,17 +107,11 @@ def words() -> list[str]:
 
 def deploy(model: Path, arguments: argparse.Namespace) -> int:
     """Serve the model three times; returns the port."""
-    import ray
     from ray import serve
 
     from serve_apps.moe_lm import build
 
-    ray.init(log_to_driver=False, logging_level=logging.ERROR)
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    port = free_port(28_000)
-    options: Any = {"host": LOOPBACK, "port": port}
-    serve.start(http_options=options)
+    port = start_serve()
     settings = dict(setting.split("=", 1) for setting in arguments.settings)
     for kind in KINDS:
         count = str(1 if kind == "one" else arguments.replicas)

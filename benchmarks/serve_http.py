@@ -67,12 +67,10 @@ def make_model(folder: Path, *settings: str) -> Tokenizer:
     return tokenizer
 
 
-def deploy(model: Path, arguments: argparse.Namespace) -> int:
-    """Serve both applications; returns the port."""
+def start_serve() -> int:
+    """Connect to the cluster and start Serve; returns the port."""
     import ray
     from ray import serve
-
-    from serve_apps.moe_lm import build
 
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     for name in ("ray", "ray.serve"):
@@ -80,6 +78,16 @@ def deploy(model: Path, arguments: argparse.Namespace) -> int:
     port = free_port(28_000)
     options: Any = {"host": LOOPBACK, "port": port}
     serve.start(http_options=options)
+    return port
+
+
+def deploy(model: Path, arguments: argparse.Namespace) -> int:
+    """Serve both applications; returns the port."""
+    from ray import serve
+
+    from serve_apps.moe_lm import build
+
+    port = start_serve()
     settings = dict(setting.split("=", 1) for setting in arguments.settings)
     size = {"serve.min_replicas": str(REPLICAS), "serve.max_replicas": str(REPLICAS)}
     serve.run(build({"checkpoint": str(model), **size, **settings}), name="ours", route_prefix="/")
