@@ -317,6 +317,7 @@ def test_the_commands_of_the_page_work(tmp_path: Path) -> None:
     assert [shlex.split(command)[1] for command in commands] == [
         "jobs/train.py",
         "jobs/export.py",
+        "jobs/export.py",
         "jobs/train.py",
         "jobs/evaluate.py",
     ]
