@@ -25,6 +25,23 @@ exec {binary} "$@"
 # template has no place for these options, but puts the value before them on a line of its own.
 _WHOLE_REQUESTS = "\n    option http-buffer-request\n    timeout http-request 60s"
 
+# On every cluster; cluster/node.sh and cluster/kuberay/base/node-env.yaml have the same.
+RESILIENCE = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # How long a replica that goes away still takes requests: HAProxy hears of it in a second.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+    # A request whose replica died before it answered goes to another one. That is safe: completions change nothing.
+    # HAProxy can repeat only what one of its buffers holds. The dead one has the fewest connections, so it is asked
+    # first until one refusal marks it; not more often, lest one request kill all replicas.
+    "RAY_SERVE_HAPROXY_RETRY_ON": f"conn-failure empty-response{_WHOLE_REQUESTS}",
+    "RAY_SERVE_HAPROXY_RETRIES": "5",
+    "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(2**17),
+    # With each change of the replicas a new HAProxy starts, and the old one has this long to end its streams.
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+}
+
 
 def find_haproxy() -> Path | None:
     """HAProxy's program: the one that comes with Ray, or else that of the system."""
@@ -66,24 +83,9 @@ def high_throughput(folder: Path, haproxy: Path) -> dict[str, str]:
         "DIRECT_INGRESS_MIN_GRPC_PORT": first_grpc,
         "DIRECT_INGRESS_MAX_GRPC_PORT": first_grpc + _RANGE,
     }
-    resilience = {
-        # A request whose replica died before it answered goes to another one. That is safe: completions change
-        # nothing. HAProxy can repeat only what one of its buffers holds. The dead one has the fewest connections,
-        # so it is asked first until one refusal marks it; not more often, lest one request kill all replicas.
-        "RETRY_ON": f"conn-failure empty-response{_WHOLE_REQUESTS}",
-        "RETRIES": 5,
-        "OBSERVE_ERROR_LIMIT": 1,
-        "TUNE_BUFSIZE": 2**17,
-        # With each change of the replicas a new HAProxy starts, and the old one has this long to end its streams.
-        "HARD_STOP_AFTER_S": 3600,
-    }
     _write_program(folder, f"{metrics}\\|{stats}", haproxy)
     return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-        # How long a replica that goes away still takes requests: HAProxy hears of it in a second.
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
-        **{f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in resilience.items()},
+        **RESILIENCE,
         **{f"RAY_SERVE_HAPROXY_{name}": str(folder / file) for name, file in files.items()},
         **{f"RAY_SERVE_{name}": str(port) for name, port in ports.items()},
     }
