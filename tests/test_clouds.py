@@ -16,6 +16,7 @@ import moto
 import pytest
 import yaml
 from botocore.validate import ParamValidator
+from cfnlint.decode import decode
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 CLUSTER = Path(__file__).resolve().parents[1] / "cluster"
@@ -167,6 +168,16 @@ def test_google_machines_are_private() -> None:
 def test_cloud_formation_accepts_the_foundation() -> None:
     done = subprocess.run(["cfn-lint", str(CLUSTER / "aws-foundation.yaml")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_bucket_is_private_and_encrypted() -> None:
+    resources = decode(str(CLUSTER / "aws-foundation.yaml"))[0]["Resources"]
+    bucket = resources["Bucket"]["Properties"]
+    assert len(bucket["PublicAccessBlockConfiguration"]) == 4
+    assert all(bucket["PublicAccessBlockConfiguration"].values())
+    assert bucket["BucketEncryption"]
+    (statement,) = resources["OnlyEncryptedTraffic"]["Properties"]["PolicyDocument"]["Statement"]
+    assert (statement["Effect"], statement["Principal"]) == ("Deny", "*")
 
 
 def test_roles_on_google_cloud_name_single_permissions() -> None:
