@@ -4,7 +4,8 @@
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim-bookworm AS build
-# Which build of torch: cpu, or a version of CUDA such as cu130, which then comes along; the host only needs a driver.
+# Which build of torch: cpu, a version of CUDA such as cu130, which then comes along so that the host only needs a
+# driver, or nothing for what the package index has.
 ARG TORCH_BACKEND=cpu
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy UV_NO_CACHE=1
 WORKDIR /opt/moe_ray
@@ -12,7 +13,8 @@ RUN pip install --no-cache-dir uv==0.13.9
 COPY pyproject.toml constraints.txt ./
 # Before the source, so that a change of it installs nothing anew.
 RUN uv venv /opt/venv && \
-    UV_TORCH_BACKEND="${TORCH_BACKEND}" uv pip install --python /opt/venv/bin/python -c constraints.txt -r pyproject.toml
+    uv pip install --python /opt/venv/bin/python ${TORCH_BACKEND:+--torch-backend "${TORCH_BACKEND}"} \
+        -c constraints.txt -r pyproject.toml
 COPY README.md ./
 COPY moe_ray moe_ray
 COPY jobs jobs

@@ -31,8 +31,8 @@ RESILIENCE = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # How long a replica that goes away still takes requests: HAProxy hears of it in a second.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
-    # A request whose replica died before it answered goes to another one. That is safe: completions change nothing.
-    # HAProxy can repeat only what one of its buffers holds. The dead one has the fewest connections, so it is asked
+    # A request whose replica died before it answered goes to another one. Completions change nothing, so it may.
+    # HAProxy can repeat only what one of its buffers holds. The dead one has the fewest connections: it is asked
     # first until one refusal marks it; not more often, lest one request kill all replicas.
     "RAY_SERVE_HAPROXY_RETRY_ON": f"conn-failure empty-response{_WHOLE_REQUESTS}",
     "RAY_SERVE_HAPROXY_RETRIES": "5",

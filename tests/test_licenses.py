@@ -1,4 +1,4 @@
-"""Every package that an installation brings has a licence that asks for no more than a notice, or a reason here."""
+"""Each package that an installation brings has a licence that asks for no more than a notice, or a reason here."""
 
 import json
 import re

@@ -1,6 +1,5 @@
 """`ray up cluster/aws.yaml` against an emulated AWS: what it makes is private, and `ray down` ends it."""
 
-import json
 import os
 import stat
 import subprocess
@@ -12,7 +11,6 @@ from typing import Any
 
 import boto3
 import pytest
-import yaml
 
 from cluster.head import fetch
 from tests.conftest import free_port

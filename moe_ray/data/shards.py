@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ INDEX_NAME = "index.json"
 TOKENIZER_NAME = "tokenizer.json"
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 128 << 20
-_SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-.+-\d{{5}}\.(bin|npy)")
+_SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-[^/\0]+-\d{{5}}\.(bin|npy)")
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,7 @@ def read_index(folder: Path) -> Index:
         if found == FORMAT:
             content.pop("splits")
             shards = tuple(Shard(**shard) for shard in content.pop("shards"))
+            _check_names(path, shards)
             domains = tuple(content.pop("domains"))
             return Index(**content, domains=domains, shards=shards)
     except OSError as error:
@@ -191,6 +192,12 @@ def read_index(folder: Path) -> Index:
     raise DataError(
         f"{path} has format {found!r}; this version reads {FORMAT}.", "delete the folder and run jobs/prepare.py."
     )
+
+
+def _check_names(path: Path, shards: Iterable[Shard]) -> None:
+    for name in (name for shard in shards for name in (shard.file, shard.offsets_file)):
+        if not (isinstance(name, str) and _SHARD_FILE.fullmatch(name)):
+            raise DataError(f"{path} names the file {name!r}, which is no shard.", "use trusted data.")
 
 
 def check_files(folder: Path, index: Index, *, verify: bool = False) -> None:
