@@ -179,6 +179,7 @@ def test_a_run_is_analysed_in_full(make_config: Callable[..., Config]) -> None:
             "model.preset=deepseek_v3",
             "model.num_experts=8",
             "model.num_expert_groups=2",
+            "model.num_limited_groups=1",
             "model.num_layers=3",
             "model.num_kv_heads=2",
         ],
