@@ -1,8 +1,9 @@
 """Metrics of one replica: in Prometheus' text format when somebody asks, and as they grow for Ray's agent."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
-from itertools import pairwise, repeat
+from itertools import groupby, repeat
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -107,20 +108,22 @@ class Growth:
                 yield from self._observations(family)
 
     def _observations(self, family: Family) -> Iterator[Sample]:
-        buckets = [reading for reading in family.samples if reading.name == f"{family.name}_bucket"]
-        grown = [self._grown(bucket) for bucket in buckets]
-        for (below, upper), (fewer, more) in zip(pairwise([None, *buckets]), pairwise([0.0, *grown]), strict=True):
-            assert upper is not None
-            bound = float(upper.labels["le"])
-            labels = {name: value for name, value in upper.labels.items() if name != "le"}
-            is_first = below is None or bound <= float(below.labels["le"])
-            if bound == float("inf"):
-                assert below is not None
-                bound = 2 * float(below.labels["le"])
-            yield from repeat(Sample(family.name, labels, bound), round(more - (0.0 if is_first else fewer)))
+        buckets = (reading for reading in family.samples if reading.name == f"{family.name}_bucket")
+        for labels, series in groupby(buckets, _without_bound):
+            fewer = last = 0.0
+            for reading in series:
+                bound, count = float(reading.labels["le"]), self._grown(reading)
+                # What is above the last bound needs one too.
+                last = bound if math.isfinite(bound) else 2 * last
+                yield from repeat(Sample(family.name, labels, last), round(count - fewer))
+                fewer = count
 
     def _grown(self, reading: Reading) -> float:
         """By how much; from 0 if it is new, or less than before as an engine has taken the place of another."""
         key = (reading.name, *reading.labels.values())
         before, self._before[key] = self._before.get(key, 0.0), reading.value
         return reading.value - before if reading.value >= before else reading.value
+
+
+def _without_bound(reading: Reading) -> dict[str, str]:
+    return {name: value for name, value in reading.labels.items() if name != "le"}

@@ -186,9 +186,8 @@ def _worker(arguments: dict[str, Any]) -> Ended:
     if run.local is None:
         store = open_storage(config.train.storage, config.checkpoint.retry_seconds)
         data_dir = obtain(data_dir, arguments["data_digest"], store)
-    return train(
-        config, mesh, data_dir, _reporter(config, context.get_world_rank()), lambda: fence(run, arguments["lease"])
-    )
+    report = _reporter(config, context.get_world_rank())
+    return train(config, mesh, data_dir, report, lambda: fence(run, arguments["lease"]))
 
 
 def _worker_memory(parallel: ParallelConfig, device: torch.device, local_world: int) -> int | None:

@@ -89,9 +89,8 @@ def train(
         "redone_steps": restored.redone_steps,
         "restore_seconds": time.perf_counter() - began,
     }
-    loop = _Loop(
-        trainer, data, run, CheckpointWriter(origin, mesh, model, optimizer, restored.step), report, constants
-    )
+    writer = CheckpointWriter(origin, mesh, model, optimizer, restored.step)
+    loop = _Loop(trainer, data, run, writer, report, constants)
     for step in range(restored.step, config.train.steps):
         request = loop.step(step)
         if request is not None and request is not Request.SAVE:
