@@ -28,6 +28,7 @@ from moe_ray.section import (
 from moe_ray.serve_config import ServeConfig
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class DataConfig(Section):
@@ -209,7 +210,21 @@ class CheckpointConfig(Section):
 class TelemetryConfig(Section):
     """What the jobs say."""
 
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
+    log_level: LogLevel = Field("info", description="least severe line logged")
+    log_levels: dict[str, LogLevel] = Field(
+        {}, description="the same by module, such as {moe_ray.checkpoint: debug}"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="readable lines, or an object a line")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.log_levels:
+            if name.split(".")[0] != "moe_ray":
+                raise ConfigError(
+                    f"telemetry.log_levels names {name!r}, which is no module of moe_ray.",
+                    "write for example {moe_ray.checkpoint: debug}.",
+                )
+        return self
 
 
 class Config(Section):
@@ -397,6 +412,8 @@ def _type_name(annotation: Any) -> str:
         return "|".join(str(value) for value in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"list of {_type_name(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "mapping to {1}".format(*map(_type_name, get_args(annotation)))
     if get_args(annotation):
         return " or ".join(_type_name(part) for part in get_args(annotation))
     return {type(None): "null"}.get(annotation, getattr(annotation, "__name__", str(annotation)))

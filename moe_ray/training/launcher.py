@@ -171,12 +171,17 @@ def _trainer(config: Config, data_dir: Path, lease: str, scratch: str) -> Elasti
 def _worker(arguments: dict[str, Any]) -> Ended:
     """What each Ray Train worker runs."""
     config = build_config(arguments["config"])
-    setup_logging(config.telemetry.log_level)
     keep_freed_memory()
     set_threads(config.parallel.cpus_per_worker)
     device = get_device() if config.parallel.use_gpu else torch.device("cpu")
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
     context = ray.train.get_context()
+    setup_logging(
+        config.telemetry,
+        run=config.train.name,
+        rank=context.get_world_rank(),
+        job=ray.get_runtime_context().get_job_id(),
+    )
     memory = _worker_memory(config.parallel, device, context.get_local_world_size())
     plan = plan_mesh(config, context.get_world_size(), memory)
     if context.get_world_rank() == 0:

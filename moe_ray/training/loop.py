@@ -23,6 +23,7 @@ from moe_ray.parallel.mesh import Mesh
 from moe_ray.parallel.shard import build_sharded_model
 from moe_ray.storage import Storage, open_storage
 from moe_ray.telemetry.clock import PhaseClock
+from moe_ray.telemetry.logs import set_log_fields
 from moe_ray.telemetry.run_log import RunLog, read_metrics
 from moe_ray.training.held_out import held_out_batches, validation_metrics
 from moe_ray.training.measure import Interval, LossTrend, numbers, sample_checksum, step_metrics, wrap_checksum
@@ -134,6 +135,7 @@ class _Loop:
         """Do one step and what is due after it; returns a request that was answered by a checkpoint."""
         config, mesh, clock = self._trainer.config, self._trainer.mesh, self._trainer.clock
         started, done = time.perf_counter(), step + 1
+        set_log_fields(step=done)
         evaluates = done == config.train.steps or done % config.train.eval_every == 0
         clock.enabled = evaluates or done % config.train.log_every == 0
         # The generator's state is a function of seed, step and rank, so checkpoints need not hold it.
