@@ -215,6 +215,17 @@ class TelemetryConfig(Section):
         {}, description="the same by module, such as {moe_ray.checkpoint: debug}"
     )
     log_format: Literal["text", "json"] = Field("text", description="readable lines, or an object a line")
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        (), description="experiment trackers that get what metrics.jsonl gets, each an extra of its name"
+    )
+    project: str = Field("moe_ray", description="MLflow's experiment, and the project in Weights & Biases")
+    tracking_folder: str | None = Field(
+        None, description="folder of what trackers keep on a disk; default: trackers/ in the run's"
+    )
+    mlflow_uri: str | None = Field(None, description="tracking server; default: mlflow.db in that folder")
+    wandb_mode: Literal["offline", "online"] = Field(
+        "offline", description="offline: files in that folder, for `wandb sync`; online: needs WANDB_API_KEY"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -224,6 +235,11 @@ class TelemetryConfig(Section):
                     f"telemetry.log_levels names {name!r}, which is no module of moe_ray.",
                     "write for example {moe_ray.checkpoint: debug}.",
                 )
+        if "@" in (self.mlflow_uri or ""):
+            raise ConfigError(
+                "telemetry.mlflow_uri holds a user or password, and settings are written down with each run.",
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead.",
+            )
         return self
 
 
@@ -252,6 +268,12 @@ class Config(Section):
             raise ConfigError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is not less than train.steps={self.train.steps}.",
                 "lower optim.warmup_steps or raise train.steps.",
+            )
+        needs_folder = set(self.telemetry.trackers) - ({"mlflow"} if self.telemetry.mlflow_uri else set())
+        if needs_folder and self.telemetry.tracking_folder is None and "://" in self.train.storage:
+            raise ConfigError(
+                f"telemetry.trackers={sorted(needs_folder)} keep files, and {self.train.storage!r} is no folder.",
+                "set telemetry.tracking_folder to one that lasts.",
             )
         if not self.model.is_known("max_sequence_length"):
             return self
