@@ -52,13 +52,13 @@ def train(config: Config, first: int, last: int) -> None:
             take(record(step, first - 1))
 
 
-def read_tensorboard(folder: Path) -> tuple[Curve, str]:
+def read_tensorboard(folder: Path, name: str = "wiki") -> tuple[Curve, str]:
     """As TensorBoard reads it, without what later starts have purged."""
     from tensorboardX.proto.event_pb2 import Event
 
     losses: dict[int, float] = {}
     text = ""
-    for path in sorted((folder / "tensorboard" / "wiki").iterdir()):
+    for path in sorted((folder / "tensorboard" / name).iterdir()):
         content, place = path.read_bytes(), 0
         while place < len(content):
             size = int.from_bytes(content[place : place + 8], "little")
