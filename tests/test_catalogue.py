@@ -3,6 +3,7 @@
 import logging
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from moe_ray.serving.engine.stats import EngineStats
 from moe_ray.serving.metrics import Growth, Metrics
 from moe_ray.serving.usage import Usage
 from moe_ray.telemetry.catalogue import CATALOGUE
+from moe_ray.telemetry.document import with_tables
 from moe_ray.telemetry.samples import EVENTS, Sample, event_sample
 
 
@@ -91,3 +93,9 @@ def test_series_have_a_bound_that_is_said_once(caplog):
             metrics.send([event_sample("r", "start")])
     (record,) = caplog.records
     assert record.getMessage() == f"moe_train_events has more than {bound} series; more are left out"
+
+
+def test_the_page_of_metrics_is_of_this_catalogue():
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert all(metric.exposed_name in page for metric in CATALOGUE.values())
+    assert with_tables(page) == page, "docs/metrics.md is stale: make docs"
