@@ -20,6 +20,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 import ray
 
 from moe_ray.config import Config, load_config
+from moe_ray.cpu import set_threads
 from moe_ray.data.prepare import prepare
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.ray_metrics import RayMetrics
@@ -40,7 +41,8 @@ _INTERVAL_SECONDS = 5.0
 
 
 def train_for_records(folder: Path) -> tuple[Config, list[dict[str, Any]]]:
-    """A short training in this process; its records."""
+    """A short training in this process on one thread; its records."""
+    set_threads(1)
     overrides = ["parallel.workers=1", "parallel.ep=1", "train.steps=20", f"train.storage={folder}"]
     config = load_config(_CONFIG, [*overrides, "optim.warmup_steps=2"])
     records: list[dict[str, Any]] = []
