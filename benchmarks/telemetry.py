@@ -43,7 +43,13 @@ _INTERVAL_SECONDS = 5.0
 def train_for_records(folder: Path) -> tuple[Config, list[dict[str, Any]]]:
     """A short training in this process on one thread; its records."""
     set_threads(1)
-    overrides = ["parallel.workers=1", "parallel.ep=1", "train.steps=20", f"train.storage={folder}"]
+    overrides = [
+        "parallel.workers=1",
+        "parallel.ep=1",
+        "train.steps=20",
+        "train.eval_batches=1",
+        f"train.storage={folder}",
+    ]
     config = load_config(_CONFIG, [*overrides, "optim.warmup_steps=2"])
     records: list[dict[str, Any]] = []
     config.train.run_dir.mkdir(parents=True)
