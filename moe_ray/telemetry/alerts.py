@@ -1,7 +1,7 @@
 """Alerts of rules: pending while their conditions hold too briefly, then firing, then resolved."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -60,9 +60,8 @@ _Key = tuple[str, Labels]
 class Alerts:
     """The state of all alerts of some rules.
 
-    An alert is told when it begins to fire, and when it resolves if its firing was told. One that fires again within
-    its rule's cooldown is not told again, nor is its end; one that still fires when the cooldown is over, and was
-    not told, is.
+    An alert is told when it begins to fire, and when it resolves if its firing was told. One that fires again
+    within its rule's cooldown is not told, unless it still fires when the cooldown is over.
     """
 
     def __init__(self, rules: Sequence[Rule]) -> None:
