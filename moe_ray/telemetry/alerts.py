@@ -1,5 +1,6 @@
 """Alerts of rules: pending while their conditions hold too briefly, then firing, then resolved."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -36,7 +37,9 @@ class Alert:
     @property
     def summary(self) -> str:
         """One line with the value."""
-        return self.rule.summary.format(value=f"{self.value:.{self.rule.digits}f}", **dict(self.labels))
+        # Over nothing, such as requests that wait where none runs; as Prometheus writes it.
+        value = "+Inf" if self.value == math.inf else f"{self.value:.{self.rule.digits}f}"
+        return self.rule.summary.format(value=value, **dict(self.labels))
 
     def record(self) -> dict[str, Any]:
         """For JSON."""
