@@ -15,7 +15,8 @@ from moe_ray.telemetry.alerts import Alert, Alerts
 from moe_ray.telemetry.catalogue import CATALOGUE
 from moe_ray.telemetry.prometheus_rules import rules_yaml
 from moe_ray.telemetry.rules import RULES, Rule
-from moe_ray.telemetry.samples import SampleStore, sample
+from moe_ray.telemetry.sample_store import SampleStore
+from moe_ray.telemetry.samples import Sample
 from tests.alert_cases import FIRES, QUIET, TICK, TICKS, Series, Value, ticks
 
 NAMES = [rule.name for rule in RULES]
@@ -29,7 +30,7 @@ def firing(rule: Rule, case: list[Series]) -> list[list[Alert]]:
     """Those that fire at each tick, evaluated in process."""
     store, alerts, found = SampleStore(), Alerts([rule]), []
     for now, values in ticks(case):
-        present = [sample(one.metric, value, **one.labels) for one, value in values if value is not None]
+        present = [Sample(one.metric, one.labels, value) for one, value in values if value is not None]
         store.add(now, present, source="case")
         alerts.update(store, now)
         found.append(alerts.active())

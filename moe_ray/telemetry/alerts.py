@@ -8,7 +8,8 @@ from typing import Any
 
 from moe_ray.telemetry.evaluate import holds
 from moe_ray.telemetry.rules import Rule
-from moe_ray.telemetry.samples import Labels, Sample, SampleStore, sample
+from moe_ray.telemetry.sample_store import Labels, SampleStore
+from moe_ray.telemetry.samples import Sample
 
 
 class State(StrEnum):
@@ -93,7 +94,8 @@ class Alerts:
         """For each rule whether any of its alerts fires."""
         firing = {alert.rule.name for alert in self.active()}
         for rule in self._rules:
-            yield sample("moe_alert_firing", rule.name in firing, alert=rule.name, severity=rule.severity)
+            labels = {"alert": rule.name, "severity": rule.severity}
+            yield Sample("moe_alert_firing", labels, float(rule.name in firing))
 
     def _hold(self, key: _Key, rule: Rule, value: float, now: float) -> Alert | None:
         before = self._active.get(key)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from moe_ray.telemetry.conditions import Condition, Term
 from moe_ray.telemetry.rules import Rule
-from moe_ray.telemetry.samples import Labels, SampleStore
+from moe_ray.telemetry.sample_store import Labels, SampleStore
 
 Vector = dict[Labels, float]
 _AGGREGATES = {"sum": math.fsum, "max": max, "min": min, "count": len}

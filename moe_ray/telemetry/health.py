@@ -7,7 +7,7 @@ from typing import Any
 
 from moe_ray.telemetry.alerts import Alert
 from moe_ray.telemetry.rules import Component
-from moe_ray.telemetry.samples import Sample, sample
+from moe_ray.telemetry.samples import Sample
 
 
 class Status(StrEnum):
@@ -45,7 +45,7 @@ class Health:
 
     def samples(self) -> Iterable[Sample]:
         """The score of each component."""
-        return [sample("moe_health_score", SCORES[self.of(name)], component=name) for name in self.alerts]
+        return [Sample("moe_health_score", {"component": name}, SCORES[self.of(name)]) for name in self.alerts]
 
     def record(self) -> dict[str, Any]:
         """For JSON: status, and status, reasons and actions of each component."""

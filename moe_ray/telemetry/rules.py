@@ -245,7 +245,7 @@ _SERVING = (
         (Condition(Term("moe_cluster_ready", aggregate="min"), "<", 1, _APP),),
         "the endpoint of {app} does not answer /readyz",
         "see `serve status` and the replicas' logs; without a healthy replica none is ready: look at "
-        "serve.checkpoint and the memory of the nodes.",
+        "the checkpoint and the memory of the nodes.",
         for_seconds=15,
     ),
     Rule(

@@ -1,100 +1,92 @@
-"""Samples of metrics by time, for as long as rules look back, with the meaning that Prometheus gives them."""
+"""What a training run logs, as samples of the catalogue's metrics."""
 
 import math
-from bisect import bisect_left, bisect_right
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-LOOKBACK_SECONDS = 300.0
-KEPT_SECONDS = 3700.0
-Labels = tuple[tuple[str, str], ...]
+from moe_ray.config import Config
+
+PHASES = ("data", "forward", "dispatch", "backward", "reduce", "optimizer")
+EVENTS = ("start", "failure", "waiting", "drain", "resize", "restart", "stop")
+# Of a record of metrics.jsonl: fields with the same meaning under another name.
+_NUMBERS = {
+    "moe_train_step": "step",
+    "moe_train_tokens": "tokens",
+    "moe_train_loss": "loss",
+    "moe_train_loss_over_best": "loss_over_best",
+    "moe_train_perplexity": "perplexity",
+    "moe_train_grad_norm": "grad_norm",
+    "moe_train_lr": "lr",
+    "moe_train_tokens_per_second": "tokens_per_second",
+    "moe_train_step_seconds": "step_seconds",
+    "moe_train_skipped_steps": "skipped_steps",
+    "moe_train_last_step_time": "time",
+    "moe_train_world_size": "world_size",
+    "moe_train_ep": "ep",
+    "moe_train_memory_bytes": "memory_bytes",
+    "moe_train_resumed_step": "resumed_step",
+    "moe_train_redone_steps": "redone_steps",
+    "moe_train_load_balancing_loss": "load_balancing_loss",
+    "moe_train_router_z_loss": "router_z_loss",
+    "moe_train_val_loss": "val_loss",
+    "moe_train_val_perplexity": "val_perplexity",
+    "moe_expert_dropped_fraction": "dropped_fraction",
+    "moe_checkpoint_last_step": "checkpoint_step",
+    "moe_checkpoint_last_time": "checkpoint_time",
+    "moe_checkpoint_stall_seconds": "checkpoint_stall_seconds",
+    "moe_checkpoint_write_seconds": "checkpoint_write_seconds",
+    "moe_checkpoint_failures": "failed_checkpoints",
+}
+_BY_LAYER = {
+    "moe_expert_load_cv": "load_cv_by_layer",
+    "moe_expert_load_variance": "load_variance_by_layer",
+    "moe_expert_routing_entropy": "routing_entropy_by_layer",
+    "moe_expert_dead": "dead_experts_by_layer",
+}
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A value of a metric of the catalogue.
+class Sample(NamedTuple):
+    """A value of a metric.
 
     Attributes:
-        labels: name and value, sorted by name.
+        name: of the catalogue.
+        labels: all of the metric's.
+        value: of a gauge; what a counter grows by; one observation of a histogram.
     """
 
-    metric: str
+    name: str
+    labels: Mapping[str, str]
     value: float
-    labels: Labels = ()
 
 
-def sample(metric: str, value: float, **labels: str) -> Sample:
-    """A sample with labels in order."""
-    return Sample(metric, float(value), tuple(sorted(labels.items())))
+def training_samples(record: Mapping[str, Any], config: Config) -> list[Sample]:
+    """What one record of metrics.jsonl says; numbers that are missing or not finite say nothing."""
+    run = {"run": config.train.name}
+    found = [Sample("moe_train_target_steps", run, config.train.steps)]
+    found += [Sample(name, run, record.get(field)) for name, field in _NUMBERS.items()]  # ty: ignore
+    found += [
+        Sample("moe_train_phase_seconds", run | {"phase": phase}, record.get(f"{phase}_seconds"))  # ty: ignore
+        for phase in PHASES
+    ]
+    found += [
+        Sample("moe_train_val_domain_perplexity", run | {"domain": domain}, perplexity)
+        for domain, perplexity in record.get("val_perplexity_by_domain", {}).items()
+    ]
+    found += _expert_samples(record, config, run)
+    return [sample for sample in found if sample.value is not None and math.isfinite(sample.value)]
 
 
-@dataclass
-class _Series:
-    """Ascending times in seconds, and values; None where the series has ended."""
-
-    times: list[float] = field(default_factory=list)
-    values: list[float | None] = field(default_factory=list)
+def event_sample(run: str, event: str, times: int = 1) -> Sample:
+    """That something happened to the workers of a run, or with 0 that it has not yet."""
+    return Sample("moe_train_events", {"run": run, "event": event}, times)
 
 
-class SampleStore:
-    """Series by metric and labels."""
-
-    def __init__(self) -> None:
-        self._series: dict[str, dict[Labels, _Series]] = defaultdict(dict)
-        self._of_source: dict[str, set[tuple[str, Labels]]] = defaultdict(set)
-
-    def add(self, time: float, samples: Iterable[Sample], source: str | None = None) -> None:
-        """Add what was observed at a time, not before the newest that is here of the same series.
-
-        Args:
-            source: what was observed as a whole: series of its last observation that are not in this one end.
-        """
-        seen = set()
-        for item in samples:
-            self._append(item.metric, item.labels, time, item.value)
-            seen.add((item.metric, item.labels))
-        if source is not None:
-            for metric, labels in self._of_source[source] - seen:
-                self._append(metric, labels, time, None)
-            self._of_source[source] = seen
-
-    def at(self, metric: str, now: float) -> Iterator[tuple[Labels, float]]:
-        """The newest value of each series that has one within `LOOKBACK_SECONDS` and has not ended."""
-        for labels, series in self._series.get(metric, {}).items():
-            index = bisect_right(series.times, now) - 1
-            if index >= 0 and series.times[index] > now - LOOKBACK_SECONDS:
-                value = series.values[index]
-                if value is not None:
-                    yield labels, value
-
-    def window(
-        self, metric: str, now: float, seconds: float
-    ) -> Iterator[tuple[Labels, list[tuple[float, float]]]]:
-        """(time, value) of each series with any after `now - seconds` and until now."""
-        for labels, series in self._series.get(metric, {}).items():
-            begin, end = bisect_right(series.times, now - seconds), bisect_right(series.times, now)
-            pairs = zip(series.times[begin:end], series.values[begin:end], strict=True)
-            points = [(time, value) for time, value in pairs if value is not None]
-            if points:
-                yield labels, points
-
-    def forget(self, now: float) -> None:
-        """Remove what no rule looks back to."""
-        for by_labels in self._series.values():
-            for labels, series in list(by_labels.items()):
-                old = bisect_left(series.times, now - KEPT_SECONDS)
-                del series.times[:old], series.values[:old]
-                if not series.times:
-                    del by_labels[labels]
-
-    def _append(self, metric: str, labels: Labels, time: float, value: float | None) -> None:
-        if value is not None and math.isnan(value):
-            value = None
-        series = self._series[metric].setdefault(labels, _Series())
-        assert not series.times or time >= series.times[-1], (metric, labels, time)
-        if series.times and series.times[-1] == time:
-            series.values[-1] = value
-        else:
-            series.times.append(time)
-            series.values.append(value)
+def _expert_samples(record: Mapping[str, Any], config: Config, run: Mapping[str, str]) -> Iterator[Sample]:
+    """Layers are numbered as in the model, where some may have no experts."""
+    layers = [{**run, "layer": str(layer)} for layer in config.model.moe_layers]
+    for name, field in _BY_LAYER.items():
+        for labels, value in zip(layers, record.get(field, ()), strict=False):
+            yield Sample(name, labels, value)
+    for labels, fractions in zip(layers, record.get("load_by_layer", ()), strict=False):
+        for expert, fraction in enumerate(fractions):
+            yield Sample("moe_expert_load", {**labels, "expert": str(expert)}, fraction * len(fractions))
