@@ -87,7 +87,7 @@ def _existing(folder: Path) -> Path:
 def _gpu_samples() -> Iterator[Sample]:
     if find_spec("pynvml") is None:
         return
-    import pynvml
+    import pynvml  # ty: ignore
 
     try:
         pynvml.nvmlInit()

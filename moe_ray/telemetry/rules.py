@@ -144,7 +144,7 @@ _EXPERTS = (
         "experts",
         "critical",
         (Condition(Term("moe_expert_collapse"), ">", 0.6, _RUN),),
-        "run {run} sends its tokens to few experts: in its worst layer the load has {value} of the worst imbalance",
+        "run {run} sends its tokens to few experts: its worst layer has {value} of the largest imbalance",
         "raise model.load_balancing_loss_weight (0.01 to 0.03), or set model.expert_bias=true; "
         "a lower optim.lr or a longer optim.warmup_steps helps where it begins early.",
         digits=2,
