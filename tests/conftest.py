@@ -79,6 +79,7 @@ def ray_cluster() -> Iterator[RayCluster]:
             _node_ip_address="127.0.0.1",
             _temp_dir=temp_dir,
             configure_logging=False,
+            _system_config={"metrics_report_interval_ms": 1000},
         )
         yield RayCluster(context.address_info["gcs_address"], f"http://127.0.0.1:{port}")
     finally:
