@@ -414,3 +414,6 @@ RULES: tuple[Rule, ...] = (
     *_HOST,
     *_MONITOR,
 )
+
+# Who is gone cannot say so.
+IN_PROCESS: tuple[Rule, ...] = tuple(rule for rule in RULES if rule.name != "MonitorGone")
