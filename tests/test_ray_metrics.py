@@ -1,24 +1,13 @@
 """What Ray's metrics agent shows of a real training run and a real endpoint: every row of the catalogue."""
 
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_ray.telemetry.catalogue import CATALOGUE
-from moe_ray.telemetry.run_log import read_events, read_metrics
-from tests.conftest import RayCluster, free_port
-from tests.tiny import copy_corpus, tiny_settings
-from tests.waiting import until
 
 pytestmark = pytest.mark.cluster
 # Nothing here is a sweep.

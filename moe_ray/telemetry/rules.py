@@ -143,7 +143,7 @@ _EXPERTS = (
         "ExpertCollapse",
         "experts",
         "critical",
-        (Condition(Term("moe_expert_collapse"), ">", 0.6, _RUN),),
+        (Condition(Term("moe_expert_collapse"), ">", 0.7, _RUN),),
         "run {run} sends its tokens to few experts: its worst layer has {value} of the largest imbalance",
         "raise model.load_balancing_loss_weight (0.01 to 0.03), or set model.expert_bias=true; "
         "a lower optim.lr or a longer optim.warmup_steps helps where it begins early.",
