@@ -106,7 +106,7 @@ def watch_training(run: Storage, config: Config) -> Generator[None]:
         return
     webhook, log = open_webhook(config.telemetry.webhook_file), RunLog(run, ALERTS)
     notify: list[Notify] = [log_alert, lambda alert: log.append(_event(alert))]
-    watcher = _training_watcher(run, config, notify if webhook is None else [*notify, webhook])
+    watcher = training_watcher(run, config, notify if webhook is None else [*notify, webhook])
     done = threading.Event()
 
     def follow() -> None:
@@ -125,7 +125,8 @@ def watch_training(run: Storage, config: Config) -> Generator[None]:
             webhook.close()
 
 
-def _training_watcher(run: Storage, config: Config, notify: Sequence[Notify]) -> Watcher:
+def training_watcher(run: Storage, config: Config, notify: Sequence[Notify]) -> Watcher:
+    """What a training command watches: its run from now on, the run's storage and this machine."""
     name = config.train.name
     probe = StorageProbe(config.train.run_uri)
     folders = [Path(run.local)] if run.local is not None else []
