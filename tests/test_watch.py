@@ -1,5 +1,9 @@
-"""Runs that train for real, watched as by their training command: each fault raises its own alert, which resolves."""
+"""Real training, watched as by its training command: each fault raises its own alert, which resolves."""
 
+import os
+import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,9 @@ from moe_ray.telemetry.alerts import Alert
 from moe_ray.telemetry.health import Status
 from moe_ray.telemetry.notify import WEBHOOK_VARIABLE
 from moe_ray.telemetry.run_log import read_events, read_metrics
-from moe_ray.telemetry.watcher import Watcher, training_watcher
+from moe_ray.telemetry.watcher import Watcher, training_watcher, watch_training
 from moe_ray.training.loop import train
+from tests.damage import Disk
 from tests.tiny import copy_corpus, rank_main, tiny_settings
 from tests.waiting import until
 from tests.worlds import kill_world, start_world
