@@ -30,7 +30,8 @@ def command(line: str) -> list[str]:
 
 
 def test_the_commands_of_the_page(tmp_path):
-    monitor, doctor = (block.replace("/data/runs/wiki", str(make_run(tmp_path))) for block in blocks("bash"))
+    run = make_run(tmp_path)
+    monitor, doctor = (block.replace("/data/runs/wiki", str(run)) for block in blocks("bash"))
     port = free_port()
     line = monitor.replace("9108", str(port)).replace("8000", str(free_port())).replace("/data ", f"{tmp_path} ")
     process = subprocess.Popen(command(line), env=ENVIRONMENT)
