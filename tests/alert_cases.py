@@ -62,7 +62,10 @@ FIRES: dict[str, list[Series]] = {
     "LossRising": [_run("train_loss_over_best", _late(1, 1.2, 50))],
     "StepsSkipped": [_run("train_skipped_steps", _late(0, 1, 90))],
     "WorkersFailing": [_run("train_events", lambda tick: tick // 10, event="failure")],
-    "ExpertCollapse": [_run("expert_load_cv", 0.1, layer="0"), _run("expert_load_cv", _late(0.3, 1.3), layer="1")],
+    "ExpertCollapse": [
+        _run("expert_collapse", 0.1, layer="0"),
+        _run("expert_collapse", _late(0.3, 0.8), layer="1"),
+    ],
     "TokensDropped": [_run("train_step", 500), _run("expert_dropped_fraction", 0.2)],
     "CheckpointOld": [
         *_unfinished(),
@@ -106,7 +109,7 @@ QUIET: dict[str, list[Series]] = {
         _run("train_events", lambda tick: tick, event="start"),
         _run("train_events", _late(0, 1), event="failure"),
     ],
-    "ExpertCollapse": [_run("expert_load_cv", 0.7, layer="0"), _run("expert_load_cv", 0.6, layer="1")],
+    "ExpertCollapse": [_run("expert_collapse", 0.4, layer="0"), _run("expert_collapse", 0.5, layer="1")],
     "TokensDropped": [_run("train_step", 500), _run("expert_dropped_fraction", 0.05)],
     # Checkpoints are meant to be rare.
     "CheckpointOld": [

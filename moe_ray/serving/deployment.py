@@ -20,6 +20,7 @@ from moe_ray.serving.autoscaling import make_autoscaling_config, max_ongoing_req
 from moe_ray.serving.completions import CompletionService
 from moe_ray.serving.follow import Follower
 from moe_ray.serving.load_to_serve import load_to_serve
+from moe_ray.serving.ray_reporter import RayReporter
 from moe_ray.serving.replica_count import ReplicaCount
 
 
@@ -53,6 +54,7 @@ class LanguageModel:
         else:
             self._service = load(checkpoint)
             self._app = make(self._service)
+        self._reporter = RayReporter(self._access.metrics)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve after the constructor, in the event loop of requests."""
@@ -79,6 +81,8 @@ class LanguageModel:
         membership: Membership | None = getattr(self, "_membership", None)
         if membership:
             await membership.end()
+        if hasattr(self, "_reporter"):
+            self._reporter.close()
         if hasattr(self, "_service"):
             self._service.close()
 

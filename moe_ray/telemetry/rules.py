@@ -69,7 +69,7 @@ class Rule:
         return f"{RUNBOOK}#{self.name.lower()}"
 
 
-_RUN, _LAYER, _APP = ("run",), ("run", "layer"), ("app",)
+_RUN, _APP = ("run",), ("app",)
 _UNFINISHED = Condition(
     Term("moe_train_step", aggregate="min"),
     "<",
@@ -143,8 +143,8 @@ _EXPERTS = (
         "ExpertCollapse",
         "experts",
         "critical",
-        (Condition(Term("moe_expert_load_cv"), ">", 1.0, _LAYER),),
-        "layer {layer} of run {run} sends most tokens to few experts: the load varies by {value} of its mean",
+        (Condition(Term("moe_expert_collapse"), ">", 0.6, _RUN),),
+        "run {run} sends its tokens to few experts: its worst layer has {value} of the largest imbalance",
         "raise model.load_balancing_loss_weight (0.01 to 0.03), or set model.expert_bias=true; "
         "a lower optim.lr or a longer optim.warmup_steps helps where it begins early.",
         digits=2,

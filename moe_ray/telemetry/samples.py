@@ -72,8 +72,16 @@ def training_samples(record: Mapping[str, Any], config: Config) -> list[Sample]:
         Sample("moe_train_val_domain_perplexity", run | {"domain": domain}, perplexity)
         for domain, perplexity in record.get("val_perplexity_by_domain", {}).items()
     ]
+    found += _expected_seconds(record, config, run)
     found += _expert_samples(record, config, run)
     return [sample for sample in found if sample.value is not None and math.isfinite(sample.value)]
+
+
+def _expected_seconds(record: Mapping[str, Any], config: Config, run: Mapping[str, str]) -> Iterator[Sample]:
+    """How long it should take until the next logged step and checkpoint."""
+    seconds = record.get("step_seconds") or math.nan
+    yield Sample("moe_train_log_seconds", run, seconds * config.train.log_every)
+    yield Sample("moe_checkpoint_due_seconds", run, seconds * config.checkpoint.every)
 
 
 def event_sample(run: str, event: str, times: int = 1) -> Sample:
@@ -87,6 +95,11 @@ def _expert_samples(record: Mapping[str, Any], config: Config, run: Mapping[str,
     for name, field in _BY_LAYER.items():
         for labels, value in zip(layers, record.get(field, ()), strict=False):
             yield Sample(name, labels, value)
+    model = config.model
+    # With all tokens at the same top_k experts.
+    largest_cv = math.sqrt(max(0.0, model.num_experts / model.top_k - 1))
+    for labels, cv in zip(layers, record.get("load_cv_by_layer", ()), strict=False):
+        yield Sample("moe_expert_collapse", labels, cv / largest_cv if largest_cv else 0.0)
     for labels, fractions in zip(layers, record.get("load_by_layer", ()), strict=False):
         for expert, fraction in enumerate(fractions):
             yield Sample("moe_expert_load", {**labels, "expert": str(expert)}, fraction * len(fractions))

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,12 @@ from moe_ray.models.hf.resolve import resolve_model
 from moe_ray.models.moe import make_router
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.parallel.plan import describe, plan_mesh, worker_memory
+from moe_ray.ray_metrics import RayMetrics
 from moe_ray.storage import Storage, open_storage
 from moe_ray.storage.lease import fence, hold
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.progress import show_progress
+from moe_ray.telemetry.samples import training_samples
 from moe_ray.training.failures import as_our_error
 from moe_ray.training.loop import Ended, train
 from moe_ray.training.resume import check_data, check_settings
@@ -183,7 +186,8 @@ def _worker(arguments: dict[str, Any]) -> Ended:
     if run.local is None:
         store = open_storage(config.train.storage, config.checkpoint.retry_seconds)
         data_dir = obtain(data_dir, arguments["data_digest"], store)
-    return train(config, mesh, data_dir, _report, lambda: fence(run, arguments["lease"]))
+    report = _reporter(config, context.get_world_rank())
+    return train(config, mesh, data_dir, report, lambda: fence(run, arguments["lease"]))
 
 
 def _worker_memory(parallel: ParallelConfig, device: torch.device, local_world: int) -> int | None:
@@ -196,9 +200,16 @@ def _worker_memory(parallel: ParallelConfig, device: torch.device, local_world: 
     return int(memory) or None
 
 
-def _report(metrics: dict[str, Any]) -> None:
-    """Ray Train keeps numbers; what is by layer stands in metrics.jsonl."""
-    ray.train.report({name: value for name, value in metrics.items() if isinstance(value, int | float)})
+def _reporter(config: Config, rank: int) -> Callable[[dict[str, Any]], None]:
+    ray_metrics = RayMetrics()
+
+    def report(metrics: dict[str, Any]) -> None:
+        if rank == 0:
+            ray_metrics.send(training_samples(metrics, config))
+        # Ray Train keeps numbers; what is by layer stands in metrics.jsonl.
+        ray.train.report({name: value for name, value in metrics.items() if isinstance(value, int | float)})
+
+    return report
 
 
 def with_absolute_storage(config: Config) -> Config:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from moe_ray.data.batches import MicroBatch
 from moe_ray.training.step import StepResult, Trainer
 
 _BITS = 40
+_SMOOTHING = 0.1
 
 
 @dataclass
@@ -32,6 +33,27 @@ class Interval:
         self.seconds += seconds
         if result.is_finite:
             self.routing = result.routing if self.routing is None else self.routing + result.routing
+
+
+class LossTrend:
+    """The loss beside the best that it has been, both smoothed over the last ten logged steps or so.
+
+    Args:
+        losses: those logged before; None for steps that were skipped.
+    """
+
+    def __init__(self, losses: Iterable[float | None] = ()) -> None:
+        self._smooth = self._best = math.inf
+        for loss in losses:
+            self.add(loss)
+
+    def add(self, loss: float | None) -> float | None:
+        """Smoothed loss over the lowest that it has been, 1 while it falls; None before the first loss."""
+        if loss is not None:
+            known = math.isfinite(self._smooth)
+            self._smooth = _SMOOTHING * loss + (1 - _SMOOTHING) * self._smooth if known else loss
+            self._best = min(self._best, self._smooth)
+        return self._smooth / self._best if math.isfinite(self._best) else None
 
 
 def step_metrics(trainer: Trainer, done: int, lr: float, result: StepResult, interval: Interval) -> dict[str, Any]:
