@@ -4,18 +4,21 @@ from dashboards.frame import Row, frame
 from dashboards.panels import alert_line, heat, line, matrix, number
 from dashboards.queries import Query
 
-# Names of series sort as text: 7 becomes 007.
-_PADDED = (
-    'label_replace(label_replace(sum by (layer, expert) (moe_expert_load), "expert", "0$1", "expert", "(..)"), '
-    '"expert", "00$1", "expert", "(.)")'
-)
+
+def _padded(text: str, label: str) -> str:
+    """The same with labels such as 7 as 007, because Grafana sorts names as text."""
+    padded = f'label_replace({text}, "{label}", "0$1", "{label}", "(..)")'
+    return f'label_replace({padded}, "{label}", "00$1", "{label}", "(.)")'
+
+
+_LOAD = _padded("avg by (layer, expert) (moe_expert_load)", "expert")
 _NOW = Row(
     "Now",
     (
         number(
-            "Worst layer's variation of load",
-            Query("max by (run) (moe_expert_load_cv)", "{{run}}"),
-            "",
+            "Worst layer's collapse",
+            Query("max by (run) (moe_expert_collapse)", "{{run}}"),
+            None,
             ("ExpertCollapse",),
             6,
         ),
@@ -24,19 +27,26 @@ _NOW = Row(
         number("Dropped tokens", Query("moe_expert_dropped_fraction", "{{run}}"), None, ("TokensDropped",), 6),
     ),
 )
-_LOAD = Row(
+_BALANCE = Row(
     "Which layers are unbalanced?",
     (
         matrix(
             "Load of each expert, now, over the balanced one",
-            Query(f"avg by (layer, expert) ({_PADDED})", ""),
+            Query(_padded(_LOAD, "layer"), ""),
             "layer",
             "expert",
             most=2,
         ),
-        alert_line("Variation of the load by layer", "layer {{layer}} {{run}}", "ExpertCollapse", unit=""),
         line(
-            "Variance of the load fractions by layer", Query("moe_expert_load_variance", "layer {{layer}} {{run}}")
+            "Variation of the load by layer",
+            Query("moe_expert_load_cv", "layer {{layer}} {{run}}"),
+            unit="",
+            least=0,
+        ),
+        line(
+            "Variance of the load fractions by layer",
+            Query("moe_expert_load_variance", "layer {{layer}} {{run}}"),
+            least=0,
         ),
         line(
             "Entropy of the router by layer",
@@ -44,13 +54,20 @@ _LOAD = Row(
             least=0,
             most=1,
         ),
-        line("Dead experts by layer", Query("moe_expert_dead", "layer {{layer}} {{run}}"), width=12, least=0),
-        alert_line("Routed pairs that were dropped", "{{run}}", "TokensDropped", unit="ratio", width=12),
+        line(
+            "Collapse by layer",
+            Query("moe_expert_collapse", "layer {{layer}} {{run}}"),
+            alerts=("ExpertCollapse",),
+            least=0,
+            most=1,
+        ),
+        line("Dead experts by layer", Query("moe_expert_dead", "layer {{layer}} {{run}}"), least=0),
+        alert_line("Routed pairs that were dropped", "{{run}}", "TokensDropped", unit="ratio"),
     ),
 )
 _COURSE = Row(
     "Load of each expert over time",
-    (heat("Layer $layer", Query(_PADDED, "{{expert}}"), width=24, repeat="layer"),),
+    (heat("Layer $layer", Query(_LOAD, "{{expert}}"), width=24, repeat="layer"),),
 )
 
-EXPERTS = frame("experts", "Experts", __doc__, (_NOW, _LOAD, _COURSE))
+EXPERTS = frame("experts", "Experts", __doc__, (_NOW, _BALANCE, _COURSE))

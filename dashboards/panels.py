@@ -121,7 +121,7 @@ def heat(title: str, query: Query, unit: str | None = None, width: int = 8, repe
 
 def matrix(title: str, query: Query, row: str, column: str, width: int = 24, most: float = 1) -> table.Panel:
     """The newest values as a table of two labels, coloured by value up to `most`."""
-    options = {"rowField": row, "columnField": column, "valueField": "Value", "emptyValue": "null"}
+    grouped = {"rowField": row, "columnField": column, "valueField": "Value", "emptyValue": "null"}
     panel = _dressed(table.Panel(), title, (), None, note=describe((query,)))
     return (
         panel.with_target(
@@ -136,7 +136,9 @@ def matrix(title: str, query: Query, row: str, column: str, width: int = 24, mos
         .min_width(44)
         .color_scheme(FieldColor().mode(FieldColorModeId.CONTINUOUS_BLUES))
         .cell_options(TableColoredBackgroundCellOptions())
-        .with_transformation(DataTransformerConfig(id_val="groupingToMatrix", options=options))
+        .with_transformation(_sorted_by(column))
+        .with_transformation(DataTransformerConfig(id_val="groupingToMatrix", options=grouped))
+        .with_transformation(_sorted_by(rf"{row}\{column}"))
         .override_by_regexp(
             rf"{row}\\{column}", [DynamicConfigValue(id_val="custom.cellOptions", value={"type": "auto"})]
         )
@@ -182,6 +184,10 @@ def _dressed(
     if alerts:
         panel.thresholds(thresholds(alerts))
     return panel
+
+
+def _sorted_by(field: str) -> DataTransformerConfig:
+    return DataTransformerConfig(id_val="sortBy", options={"sort": [{"field": field}]})
 
 
 def _ref(place: int) -> str:

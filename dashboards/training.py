@@ -94,12 +94,5 @@ _WORKERS = Row(
         line("Steps done again", Query("moe_train_redone_steps", "{{run}}"), width=12),
     ),
 )
-_SWEEP = Row(
-    "Sweeps",
-    (
-        line("Trials by state", Query("moe_sweep_trials", "{{state}} {{sweep}}"), stacked=True, width=12),
-        line("Best objective so far", Query("moe_sweep_best", "{{objective}} {{sweep}}"), width=12),
-    ),
-)
 
-TRAINING = frame("training", "Training", __doc__, (_NOW, _LEARNING, _TIME, _WORKERS, _SWEEP))
+TRAINING = frame("training", "Training", __doc__, (_NOW, _LEARNING, _TIME, _WORKERS))
