@@ -210,6 +210,13 @@ class TelemetryConfig(Section):
     """What the jobs say."""
 
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
+    alerts: bool = Field(True, description="evaluate the alert rules while training, in the training command")
+    check_seconds: PositiveFloat = Field(5.0, description="time between two evaluations of the alert rules")
+    webhook_file: str | None = Field(
+        None,
+        description="file that holds the URL to which alerts are POSTed as JSON; default: that of the variable "
+        "MOE_RAY_WEBHOOK_URL, if it is set",
+    )
 
 
 class Config(Section):

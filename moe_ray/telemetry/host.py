@@ -2,8 +2,8 @@
 
 import os
 import secrets
+import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -46,19 +46,25 @@ class StorageProbe:
     def __init__(self, uri: str, patience: float = 10.0) -> None:
         self._uri = uri
         self._patience = patience
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="storage-probe")
-        self._probe: Future[None] | None = None
+        self._problem: str | None = None
+        # A daemon: one that hangs must not keep the process from ending.
+        self._thread: threading.Thread | None = None
 
     def problem(self) -> str | None:
         """What is wrong, or None; while an earlier probe hangs there is no other."""
-        if self._probe is None or self._probe.done():
-            self._probe = self._thread.submit(probe, self._uri)
-        if not wait([self._probe], self._patience).done:
-            return f"no answer in {self._patience:g} s"
-        error = self._probe.exception()
-        if error is not None and not isinstance(error, MoeRayError | OSError):
-            raise error
-        return None if error is None else str(error)
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, name="storage-probe", daemon=True)
+            self._thread.start()
+        self._thread.join(self._patience)
+        return f"no answer in {self._patience:g} s" if self._thread.is_alive() else self._problem
+
+    def _run(self) -> None:
+        try:
+            probe(self._uri)
+        except (MoeRayError, OSError) as error:
+            self._problem = str(error)
+        else:
+            self._problem = None
 
 
 def probe(uri: str) -> None:

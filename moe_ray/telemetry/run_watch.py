@@ -24,6 +24,7 @@ class RunWatch:
 
     def __init__(self, run: Storage, config: Config, since: float = float("-inf")) -> None:
         self._logs = LogTail(run, METRICS), LogTail(run, EVENTS)
+        self.name = config.train.name
         self._config = config
         self._events: Counter[str] = Counter()
         self._skipped = 0.0
