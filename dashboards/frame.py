@@ -1,6 +1,7 @@
 """A dashboard around its panels: grid, variables, annotations and links to the others."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from grafana_foundation_sdk.builders import dashboard as builders
@@ -11,6 +12,8 @@ from dashboards.panels import Panel
 from dashboards.queries import Query, exposed
 
 TAG = "moe_ray"
+# Made by Ray itself, by uid; its own dashboard embeds them.
+RAY_BOARDS = {"Ray": "rayDefaultDashboard", "Ray Serve": "rayServeDashboard", "Ray Train": "rayTrainDashboard"}
 # Where the values of a variable are found: label and metric.
 _VALUES = {
     "run": ("Run", "run", "moe_train_step"),
@@ -47,7 +50,6 @@ class _Annotation(models.AnnotationQuery):
 
 def frame(name: str, title: str, description: str, rows: tuple[Row, ...]) -> models.Dashboard:
     """The dashboard, with the variables that its queries use; its uid is `moe-ray-` and the name."""
-    others = builders.DashboardLink("Mixture of Experts").type(models.DashboardLinkType.DASHBOARDS).tags([TAG])
     builder = (
         builders.Dashboard(title)
         .uid(f"moe-ray-{name}")
@@ -56,8 +58,9 @@ def frame(name: str, title: str, description: str, rows: tuple[Row, ...]) -> mod
         .time("now-1h", "now")
         .refresh("30s")
         .tooltip(models.DashboardCursorSync.CROSSHAIR)
-        .link(others.include_vars(True).keep_time(True))
     )
+    for link in _links():
+        builder.link(link.keep_time(True))
     for row in rows:
         builder.with_row(builders.Row(row.title))
         for panel in row.panels:
@@ -70,6 +73,13 @@ def frame(name: str, title: str, description: str, rows: tuple[Row, ...]) -> mod
     board.templating = models.DashboardDashboardTemplating(list_val=[_source(), *map(_variable, used)])
     board.annotations = models.AnnotationContainer(list_val=_annotations("run" in used))
     return board
+
+
+def _links() -> Iterator[builders.DashboardLink]:
+    others = builders.DashboardLink("Mixture of Experts").type(models.DashboardLinkType.DASHBOARDS)
+    yield others.tags([TAG]).include_vars(True)
+    for title, uid in RAY_BOARDS.items():
+        yield builders.DashboardLink(title).type(models.DashboardLinkType.LINK).url(f"/d/{uid}")
 
 
 def _used_variables(board: models.Dashboard) -> list[str]:

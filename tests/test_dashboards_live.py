@@ -1,0 +1,179 @@
+"""A real Ray with a training run, an endpoint under load and the monitor, scraped by a real Prometheus.
+
+Every query of every panel, annotation and alert rule has data, or stands in `ABSENT` with the reason why not.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from cluster.head import Head
+from cluster.local import LocalCluster
+from dashboards.frame import RAY_BOARDS
+from moe_ray.telemetry.rules import RULES
+from tests.conftest import free_port
+from tests.grafana import asked
+from tests.prometheus import Prometheus
+from tests.test_docs import blocks
+from tests.tiny import copy_corpus, tiny_settings
+from tests.waiting import until
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1200)]
+ROOT = Path(__file__).resolve().parents[1]
+WINDOW = "30s"
+PROMETHEUS, MONITOR = blocks("dashboards", "bash")[0].splitlines()
+# What matches has no data here.
+ABSENT = {
+    r"ray_node_(gpus|gram)_|moe_host_gpu_": "there is no GPU",
+    r"unless moe_health_score": "the monitor is alive: asked again once it has ended",
+}
+
+
+@contextmanager
+def running(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that is ended at the end."""
+    with log.open("w") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+class Scene:
+    """The cluster with all that runs on it."""
+
+    def __init__(self, folder: Path, cluster: LocalCluster, head: Head) -> None:
+        self._cluster, self._head = cluster, head
+        self.folder, self.monitor_port, self._port = folder, free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self._port}"
+        self.environment = os.environ | cluster.environment(head)
+        self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        (folder / "corpus").mkdir()
+        settings = tiny_settings(copy_corpus(folder / "corpus"), folder / "runs", "live")
+        settings["train"] |= {"steps": 60, "eval_every": 20}
+        (folder / "live.yaml").write_text(yaml.safe_dump(settings))
+        self.run_dir = folder / "runs" / "live"
+
+    def ray_knows_prometheus(self) -> bool:
+        """What Ray's own dashboard asks before it draws."""
+        return self._cluster.get(self._head, "/api/prometheus_health")["result"]
+
+    def train(self) -> None:
+        command = [sys.executable, "jobs/train.py", str(self.folder / "live.yaml")]
+        result = subprocess.run(
+            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=400
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    @contextmanager
+    def endpoint(self) -> Iterator[None]:
+        """Two replicas with all caches."""
+        start = ["serve", "start", "--http-port", str(self._port)]
+        subprocess.run(start, env=self.environment, check=True, capture_output=True, timeout=120)
+        caches = {"prefix_memory_bytes": 10**6, "prefix_folder": self.folder / "prefixes"}
+        caches |= {
+            "response_cache_bytes": 10**6,
+            "response_memory_bytes": 10**6,
+            "response_folder": self.folder / "r",
+        }
+        settings = {"min_replicas": 2, "max_replicas": 2, "expert_memory_bytes": 10**6, **caches}
+        command = ["serve", "run", "serve_apps.moe_lm:build", f"checkpoint={self.run_dir}"]
+        command += [f"serve.{name}={value}" for name, value in settings.items()]
+        log = self.folder / "serve.log"
+        with running(command, self.environment, log) as process:
+
+            def answers() -> bool:
+                assert process.poll() is None, log.read_text()
+                try:
+                    return httpx.get(f"{self.url}/readyz").status_code == 200
+                except httpx.HTTPError:
+                    return False
+
+            until(answers, 300)
+            yield
+
+    @contextmanager
+    def monitor(self) -> Iterator[None]:
+        command = MONITOR.replace("/data/runs/wiki", str(self.run_dir)).replace("http://127.0.0.1:8000", self.url)
+        command += f" --port {self.monitor_port} --every 1"
+        log = self.folder / "monitor.log"
+        with running(shlex.split(command), self.environment, log) as process:
+            yield
+            assert process.poll() is None, log.read_text()
+
+    def ask(self) -> None:
+        """A little of all that clients ask for."""
+        body = {"model": "live", "prompt": "import sys\n" * 4, "max_tokens": 8, "temperature": 0}
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            for more in ({}, {"temperature": 1}, {"prompt": "def", "stream": True}):
+                assert client.post("/v1/completions", json=body | more).status_code == 200
+            assert client.post("/v1/completions", json={}).status_code == 400
+
+
+@pytest.fixture
+def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scene, Prometheus]]:
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+    if shutil.which("prometheus") is None:
+        pytest.skip("there is no Prometheus: apt-get install prometheus")
+    port, cluster = free_port(), LocalCluster(tmp_path / "cluster")
+    monkeypatch.setenv("RAY_PROMETHEUS_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR", str(tmp_path / "grafana"))
+    try:
+        scene = Scene(tmp_path, cluster, cluster.start(num_cpus=8))
+        with Prometheus(PROMETHEUS, tmp_path, port, cluster.targets_file, scene.monitor_port) as prometheus:
+            yield scene, prometheus
+    finally:
+        cluster.stop()
+
+
+def all_queries() -> dict[str, str]:
+    """By where they stand: those of the dashboards, and the numbers that rules compare."""
+    queries = {query.where: query.filled(WINDOW) for query in asked()}
+    for rule in RULES:
+        queries |= {f"{rule.name} / {place}": c.number for place, c in enumerate(rule.conditions)}
+    return queries
+
+
+def test_every_query_has_data(scene: tuple[Scene, Prometheus]) -> None:
+    stage, prometheus = scene
+    queries = all_queries()
+    expected = {where: expr for where, expr in queries.items() if not any(re.search(a, expr) for a in ABSENT)}
+    pending = dict(expected)
+
+    def look() -> bool:
+        for where, expr in list(pending.items()):
+            if prometheus.has_data(expr):
+                del pending[where]
+        return not pending
+
+    assert stage.ray_knows_prometheus()
+    rays = {json.loads(path.read_text())["uid"] for path in (stage.folder / "grafana").glob("*.json")}
+    assert set(RAY_BOARDS.values()) <= rays, "our links to Ray's dashboards"
+    stage.train()
+    with stage.endpoint(), stage.monitor():
+
+        def all_have_data() -> bool:
+            stage.ask()
+            return look()
+
+        try:
+            until(all_have_data, 180)
+        except AssertionError:
+            pytest.fail(json.dumps(pending, indent=1))
+    unexpected = [where for where, expr in queries.items() if where not in expected and prometheus.has_data(expr)]
+    assert unexpected == [], "these have data: take them from ABSENT"
+    rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
+    assert {rule["name"]: rule["health"] for rule in rules} == {rule.name: "ok" for rule in RULES}
