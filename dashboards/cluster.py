@@ -20,7 +20,7 @@ _HEALTH = Row(
             width=16,
         ),
         alert_line("Observations that failed", "{{source}}", "MonitorBlind"),
-        alert_line("Components that are reported no more", "components", "MonitorGone"),
+        alert_line("Components that are reported no more", "components", "MonitorGone", or_zero=True),
         states(
             "Targets that answer Prometheus",
             Query("up", "{{job}} {{instance}}"),

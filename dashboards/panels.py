@@ -83,10 +83,13 @@ def line(
     return panel
 
 
-def alert_line(title: str, legend: str, *alerts: str, unit: str | None = None, width: int = 8) -> timeseries.Panel:
-    """The number that one or several rules compare, with their thresholds."""
+def alert_line(
+    title: str, legend: str, *alerts: str, unit: str | None = None, width: int = 8, or_zero: bool = False
+) -> timeseries.Panel:
+    """The number that one or several rules compare, with their thresholds; `or_zero`: 0 where it has no value."""
     (number,) = {_NUMBERS[name] for name in alerts}
-    return line(title, Query(number, legend), unit=unit, alerts=alerts, width=width)
+    text = f"{number} or vector(0)" if or_zero else number
+    return line(title, Query(text, legend), unit=unit, alerts=alerts, width=width)
 
 
 def number(

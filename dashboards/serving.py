@@ -45,13 +45,17 @@ _REQUESTS = Row(
             unit="requests/s",
             stacked=True,
         ),
-        alert_line("Failed of all requests of five minutes", "failed", "RequestErrors", unit="ratio"),
+        alert_line(
+            "Failed of all requests of five minutes", "failed", "RequestErrors", unit="ratio", or_zero=True
+        ),
         line("Time of a request", *(_quantile(share, "moe_serve_http_seconds") for share in (0.99, 0.9, 0.5))),
         line(
             "Time to a stream's first event",
             *(_quantile(share, "moe_serve_first_event_seconds") for share in (0.99, 0.9, 0.5)),
         ),
-        alert_line("Refused of all requests of five minutes", "refused", "RequestsRefused", unit="ratio"),
+        alert_line(
+            "Refused of all requests of five minutes", "refused", "RequestsRefused", unit="ratio", or_zero=True
+        ),
         line(
             "Tokens by key",
             Query(_rate("moe_serve_key_tokens", "key, kind"), "{{key}} {{kind}}"),

@@ -23,7 +23,7 @@ class Asked:
     def filled(self, window: str = "1m") -> str:
         """As Grafana sends it when everything is chosen."""
         expr = re.sub(r"\$__(rate_)?interval", window, self.expr)
-        return re.sub(r"\$\w+", ".*", expr)
+        return re.sub(r"\$[a-z]\w*", ".*", expr)
 
 
 def panels(board: dict[str, Any]) -> list[dict[str, Any]]:

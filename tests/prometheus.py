@@ -1,6 +1,5 @@
 """A real Prometheus of the test, with the project's own configuration."""
 
-import json
 import math
 import shlex
 import subprocess
@@ -9,9 +8,9 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlencode
 
+import httpx
 import yaml
 
-from cluster.head import fetch
 from tests.grafana import FOLDER
 from tests.waiting import until
 
@@ -53,24 +52,20 @@ class Prometheus:
         self._log.close()
 
     def has_data(self, expr: str) -> bool:
-        """Whether an expression had a number at some moment since the start.
-
-        Raises:
-            OSError: Prometheus does not accept it.
-        """
+        """Whether an expression had a number at some moment since the start."""
         query = {"query": expr, "start": self._began, "end": time.time(), "step": 2}
         series = self.get(f"query_range?{urlencode(query)}")["result"]
         return any(math.isfinite(float(value)) for one in series for _, value in one["values"])
 
     def get(self, path: str) -> Any:
         """What its HTTP interface answers."""
-        answer = json.loads(fetch(f"{self._url}/api/v1/{path}", ""))
-        assert answer["status"] == "success"
+        answer = httpx.get(f"{self._url}/api/v1/{path}", timeout=60).json()
+        assert answer["status"] == "success", f"{path}\n{answer}"
         return answer["data"]
 
     def _is_ready(self) -> bool:
         assert self._process.poll() is None, "see prometheus.log"
         try:
-            return bool(fetch(f"{self._url}/-/ready", ""))
-        except OSError:
+            return httpx.get(f"{self._url}/-/ready").status_code == 200
+        except httpx.HTTPError:
             return False
