@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import ray
+import ray.exceptions
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
-from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
+from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo  # ty: ignore
 
 from moe_ray.telemetry.catalogue import CATALOGUE
 from moe_ray.telemetry.rules import RULES

@@ -4,8 +4,9 @@ usage: python jobs/monitor.py [RUN ...] [--endpoint URL ...] [--folder DIR ...] 
                               [--every SECONDS] [--webhook-file FILE]
 
 RUN is a run's folder or s3:// or gs:// URI. With RAY_ADDRESS set, the nodes and Serve applications of that cluster
-are watched too, and what its metrics agents report. http://HOST:PORT/metrics is for Prometheus; /healthz answers 200
-while all is healthy or degraded and 503 when something is unhealthy, with reasons and actions as JSON. Ctrl-C ends it.
+are watched too, and what its metrics agents report. http://HOST:PORT/metrics is for Prometheus; /healthz answers
+200 while all is healthy or degraded and 503 when something is unhealthy, with reasons and actions as JSON.
+Ctrl-C ends it.
 """
 
 import argparse
@@ -29,11 +30,9 @@ from moe_ray.telemetry.exporter import Exporter, serve
 from moe_ray.telemetry.host import StorageProbe, host_samples
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.notify import Notify, log_alert, open_webhook
-from moe_ray.telemetry.rules import RULES
+from moe_ray.telemetry.rules import IN_PROCESS
 from moe_ray.telemetry.run_watch import RunWatch
 from moe_ray.telemetry.watcher import Observe, Watcher, storage_samples
-
-_NAME = "MonitorGone"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -83,8 +82,7 @@ def build_watcher(
         join()
         watch = ClusterWatch()
         observers |= {"ray": lambda now: watch.samples(), "agents": lambda now: agent_samples()}
-    rules = [rule for rule in RULES if rule.name != _NAME]
-    return Watcher(rules, [RunWatch(*run) for run in found], observers, [log_alert, *notify])
+    return Watcher(IN_PROCESS, [RunWatch(*run) for run in found], observers, [log_alert, *notify])
 
 
 def open_run(given: str) -> tuple[Storage, Config]:

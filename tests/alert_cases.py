@@ -109,7 +109,7 @@ QUIET: dict[str, list[Series]] = {
         _run("train_events", lambda tick: tick, event="start"),
         _run("train_events", _late(0, 1), event="failure"),
     ],
-    "ExpertCollapse": [_run("expert_collapse", 0.4, layer="0"), _run("expert_collapse", 0.5, layer="1")],
+    "ExpertCollapse": [_run("train_step", 20), _run("expert_collapse", lambda tick: tick / 150, layer="0")],
     "TokensDropped": [_run("train_step", 500), _run("expert_dropped_fraction", 0.05)],
     # Checkpoints are meant to be rare.
     "CheckpointOld": [

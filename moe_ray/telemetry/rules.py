@@ -143,10 +143,14 @@ _EXPERTS = (
         "ExpertCollapse",
         "experts",
         "critical",
-        (Condition(Term("moe_expert_collapse"), ">", 0.6, _RUN),),
+        (
+            Condition(Term("moe_expert_collapse"), ">", 0.7, _RUN),
+            # Routers that have just begun to learn sway.
+            Condition(Term("moe_train_step"), ">", 15, _RUN),
+        ),
         "run {run} sends its tokens to few experts: its worst layer has {value} of the largest imbalance",
-        "raise model.load_balancing_loss_weight (0.01 to 0.03), or set model.expert_bias=true; "
-        "a lower optim.lr or a longer optim.warmup_steps helps where it begins early.",
+        "raise model.load_balancing_loss_weight (0.01 to 0.03), or with model.expert_bias raise "
+        "model.expert_bias_update_rate; a lower optim.lr or longer optim.warmup_steps helps where it begins early.",
         digits=2,
     ),
     Rule(
@@ -414,3 +418,6 @@ RULES: tuple[Rule, ...] = (
     *_HOST,
     *_MONITOR,
 )
+
+# Who is gone cannot say so.
+IN_PROCESS: tuple[Rule, ...] = tuple(rule for rule in RULES if rule.name != "MonitorGone")

@@ -14,7 +14,7 @@ from moe_ray.telemetry.alerts import Alert, Alerts
 from moe_ray.telemetry.health import Health, health
 from moe_ray.telemetry.host import StorageProbe, host_samples
 from moe_ray.telemetry.notify import Notify, log_alert, open_webhook, tell
-from moe_ray.telemetry.rules import RULES, Component, Rule
+from moe_ray.telemetry.rules import IN_PROCESS, Component, Rule
 from moe_ray.telemetry.run_log import ALERTS, RunLog
 from moe_ray.telemetry.run_watch import RunWatch
 from moe_ray.telemetry.sample_store import SampleStore
@@ -106,7 +106,7 @@ def watch_training(run: Storage, config: Config) -> Generator[None]:
         return
     webhook, log = open_webhook(config.telemetry.webhook_file), RunLog(run, ALERTS)
     notify: list[Notify] = [log_alert, lambda alert: log.append(_event(alert))]
-    watcher = _training_watcher(run, config, notify if webhook is None else [*notify, webhook])
+    watcher = training_watcher(run, config, notify if webhook is None else [*notify, webhook])
     done = threading.Event()
 
     def follow() -> None:
@@ -125,7 +125,8 @@ def watch_training(run: Storage, config: Config) -> Generator[None]:
             webhook.close()
 
 
-def _training_watcher(run: Storage, config: Config, notify: Sequence[Notify]) -> Watcher:
+def training_watcher(run: Storage, config: Config, notify: Sequence[Notify]) -> Watcher:
+    """What a training command watches: its run from now on, the run's storage and this machine."""
     name = config.train.name
     probe = StorageProbe(config.train.run_uri)
     folders = [Path(run.local)] if run.local is not None else []
@@ -134,7 +135,7 @@ def _training_watcher(run: Storage, config: Config, notify: Sequence[Notify]) ->
         "storage": lambda now: storage_samples(name, probe),
     }
     components = {"training", "experts", "checkpoint", "storage", "host", "monitor"}
-    rules = [rule for rule in RULES if rule.component in components and rule.name != "MonitorGone"]
+    rules = [rule for rule in IN_PROCESS if rule.component in components]
     return Watcher(rules, [RunWatch(run, config, since=time.time())], observers, notify)
 
 
