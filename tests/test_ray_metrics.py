@@ -1,31 +1,25 @@
 """What Ray's metrics agent shows of a real training run and a real endpoint: every row of the catalogue."""
 
 import json
-<<<<<<< HEAD
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
-=======
-from pathlib import Path
->>>>>>> w-ale
 
 import httpx
 import pytest
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_ray.config import build_config
 from moe_ray.telemetry.catalogue import CATALOGUE
-<<<<<<< HEAD
 from moe_ray.telemetry.run_log import read_events, read_metrics
 from moe_ray.telemetry.samples import EVENTS, Sample, training_samples
 from tests.conftest import RayCluster, free_port
 from tests.tiny import copy_corpus, tiny_settings
 from tests.waiting import until
-=======
->>>>>>> w-ale
 
 pytestmark = pytest.mark.cluster
 LABELS = {"le", *(label for metric in CATALOGUE.values() for label in metric.labels)}
