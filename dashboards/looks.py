@@ -66,7 +66,7 @@ def describe(queries: Sequence[Query], alerts: tuple[str, ...] = (), note: str =
         condition = rule.conditions[0]
         held = f" for {rule.for_seconds} s" if rule.for_seconds else ""
         what = f"{condition.compare} {condition.threshold:g}{held}"
-        paragraphs.append(f"**{rule.name}** ({rule.severity}) at {what}: {rule.action}")
+        paragraphs.append(f"**{rule.name}** ({rule.severity}) at {what}: {rule.action} See `{rule.runbook}`.")
     return "\n\n".join(paragraphs)
 
 
