@@ -71,4 +71,4 @@ def describe(queries: Sequence[Query], alerts: tuple[str, ...] = (), note: str =
 
 
 def _unit(unit: str) -> str:
-    return f" in {unit}" if unit else ""
+    return f" in {unit}" if unit not in ("", "ratio") else ""
