@@ -84,18 +84,17 @@ class Scene:
 
     @contextmanager
     def endpoint(self) -> Iterator[None]:
-        """Two replicas with all caches."""
-        start = ["serve", "start", "--http-port", str(self._port)]
-        subprocess.run(start, env=self.environment, check=True, capture_output=True, timeout=120)
-        caches = {"prefix_memory_bytes": 10**6, "prefix_folder": self.folder / "prefixes"}
-        caches |= {
-            "response_cache_bytes": 10**6,
-            "response_memory_bytes": 10**6,
-            "response_folder": self.folder / "r",
-        }
-        settings = {"min_replicas": 2, "max_replicas": 2, "expert_memory_bytes": 10**6, **caches}
-        command = ["serve", "run", "serve_apps.moe_lm:build", f"checkpoint={self.run_dir}"]
-        command += [f"serve.{name}={value}" for name, value in settings.items()]
+        """A replica with all caches."""
+        memory = ("prefix_memory_bytes", "response_cache_bytes", "response_memory_bytes", "expert_memory_bytes")
+        settings = {"min_replicas": 1, "max_replicas": 1, **dict.fromkeys(memory, 10**6)}
+        settings |= {name: self.folder / name for name in ("prefix_folder", "response_folder")}
+        app = yaml.safe_load((ROOT / "serve_apps/moe_lm.yaml").read_text())
+        app["http_options"]["port"] = self._port
+        args = {f"serve.{name}": str(value) for name, value in settings.items()}
+        app["applications"][0]["args"] = {"checkpoint": str(self.run_dir), **args}
+        config = self.folder / "serve.yaml"
+        config.write_text(yaml.safe_dump(app))
+        command = ["serve", "run", str(config)]
         log = self.folder / "serve.log"
         with running(command, self.environment, log) as process:
 
