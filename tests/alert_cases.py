@@ -63,6 +63,7 @@ FIRES: dict[str, list[Series]] = {
     "StepsSkipped": [_run("train_skipped_steps", _late(0, 1, 90))],
     "WorkersFailing": [_run("train_events", lambda tick: tick // 10, event="failure")],
     "ExpertCollapse": [
+        _run("train_step", 20),
         _run("expert_collapse", 0.1, layer="0"),
         _run("expert_collapse", _late(0.3, 0.8), layer="1"),
     ],

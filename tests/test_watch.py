@@ -112,7 +112,8 @@ def test_a_full_disk(corpus, small_disk):
 
     train(watch.config, build_mesh(1), prepare(watch.config), report)
     watch.watcher.round(time.time())
-    assert watch.rules("firing") == watch.rules("resolved") == ["DiskFull", "CheckpointFailing"]
+    assert watch.rules("firing") == ["DiskFull", "CheckpointFailing"]
+    assert sorted(watch.rules("resolved")) == ["CheckpointFailing", "DiskFull"]
 
 
 def test_an_exploding_loss(corpus, tmp_path):
@@ -124,7 +125,9 @@ def test_an_exploding_loss(corpus, tmp_path):
 
     assert go_on(20).told == []
     wild = go_on(60, "optim.lr=3.0", "train.max_bad_steps=1000")
-    assert [told[:2] for told in wild.told] == [("LossExploding", "firing")]
+    # Such steps also ruin the router.
+    assert [rule for rule in wild.rules("firing") if rule != "ExpertCollapse"] == ["LossExploding"]
+    assert "LossExploding" not in wild.rules("resolved")
     # What the alert recommends.
     for checkpoint in (wild.config.train.run_dir / "checkpoints").iterdir():
         if int(checkpoint.name.removeprefix("step-")) > 20:

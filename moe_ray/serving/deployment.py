@@ -9,6 +9,7 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
+from moe_ray.config import TelemetryConfig
 from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.access import open_access
@@ -22,15 +23,18 @@ from moe_ray.serving.follow import Follower
 from moe_ray.serving.load_to_serve import load_to_serve
 from moe_ray.serving.ray_reporter import RayReporter
 from moe_ray.serving.replica_count import ReplicaCount
+from moe_ray.serving.usage import current_usage
+from moe_ray.telemetry.logs import setup_logging
 
 
 @serve.ingress()
 class LanguageModel:
     """Loads a checkpoint and answers the routes of `serving.app` with it."""
 
-    def __init__(self, checkpoint: str, config: ServeConfig) -> None:
+    def __init__(self, checkpoint: str, config: ServeConfig, telemetry: TelemetryConfig) -> None:
         # Before the model, which takes longer. Serve adds the request id to all answers.
         replica = serve.get_replica_context().replica_tag
+        setup_logging(telemetry, _request_fields, replica=replica, job=ray.get_runtime_context().get_job_id())
         count = ReplicaCount(config.max_replicas)
         self._config, self._replica = config, replica
         self._membership: Membership | None = None
@@ -87,15 +91,20 @@ class LanguageModel:
             self._service.close()
 
 
-def make_application(checkpoint: str, config: ServeConfig) -> Application:
+def make_application(checkpoint: str, config: ServeConfig, telemetry: TelemetryConfig) -> Application:
     """The Serve application of a checkpoint.
 
     Args:
         checkpoint: absolute path or address that every node can read; of a run if config.follow.
+        telemetry: how replicas log.
     """
     return serve.deployment(name="LanguageModel", **deployment_options(config))(LanguageModel).bind(
-        checkpoint, config
+        checkpoint, config, telemetry
     )
+
+
+def _request_fields() -> dict[str, str | None]:
+    return {"request": current_usage().request_id or None}
 
 
 def deployment_options(config: ServeConfig) -> dict[str, Any]:

@@ -92,7 +92,13 @@ _TRAIN = (
 _EXPERTS = (
     _train("expert_load", "ratio", "Load of an expert over the balanced one.", "layer", "expert", series=8192),
     _train("expert_load_cv", "ratio", "Coefficient of variation of the load.", "layer", series=256),
-    _train("expert_collapse", "ratio", "The same over that of all tokens at top_k experts.", "layer", series=256),
+    _train(
+        "expert_collapse",
+        "ratio",
+        "Load imbalance of ten steps over the largest one.",
+        "layer",
+        series=256,
+    ),
     _train("expert_load_variance", "", "Variance of the load fractions.", "layer", series=256),
     _train(
         "expert_routing_entropy", "ratio", "Entropy of the router over that of even ones.", "layer", series=256

@@ -150,7 +150,7 @@ _EXPERTS = (
         ),
         "run {run} sends its tokens to few experts: its worst layer has {value} of the largest imbalance",
         "raise model.load_balancing_loss_weight (0.01 to 0.03), or with model.expert_bias raise "
-        "model.expert_bias_update_rate; a lower optim.lr or longer optim.warmup_steps helps where it begins early.",
+        "model.expert_bias_update_rate; a lower optim.lr or longer optim.warmup_steps helps too.",
         digits=2,
     ),
     Rule(

@@ -39,6 +39,7 @@ _NUMBERS = {
 }
 _BY_LAYER = {
     "moe_expert_load_cv": "load_cv_by_layer",
+    "moe_expert_collapse": "collapse_by_layer",
     "moe_expert_load_variance": "load_variance_by_layer",
     "moe_expert_routing_entropy": "routing_entropy_by_layer",
     "moe_expert_dead": "dead_experts_by_layer",
@@ -95,11 +96,6 @@ def _expert_samples(record: Mapping[str, Any], config: Config, run: Mapping[str,
     for name, field in _BY_LAYER.items():
         for labels, value in zip(layers, record.get(field, ()), strict=False):
             yield Sample(name, labels, value)
-    model = config.model
-    # With all tokens at the same top_k experts.
-    largest_cv = math.sqrt(max(0.0, model.num_experts / model.top_k - 1))
-    for labels, cv in zip(layers, record.get("load_cv_by_layer", ()), strict=False):
-        yield Sample("moe_expert_collapse", labels, cv / largest_cv if largest_cv else 0.0)
     for labels, fractions in zip(layers, record.get("load_by_layer", ()), strict=False):
         for expert, fraction in enumerate(fractions):
             yield Sample("moe_expert_load", {**labels, "expert": str(expert)}, fraction * len(fractions))

@@ -238,7 +238,7 @@ class ElasticController(TrainController):
         self, *, settings: dict[str, Any], train_run_context: Any, callbacks: list[Any], **rest: Any
     ) -> None:
         config = build_config(settings)
-        setup_logging(config.telemetry.log_level)
+        setup_logging(config.telemetry, run=config.train.name, job=ray.get_runtime_context().get_job_id())
         self._settings = config
         self._events = Events(config)
         self._policy = WorldPolicy(

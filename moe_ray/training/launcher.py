@@ -5,6 +5,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from moe_ray.storage.lease import fence, hold
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.progress import show_progress
 from moe_ray.telemetry.samples import training_samples
+from moe_ray.telemetry.trackers.follow import check_trackers, follow_run
 from moe_ray.telemetry.watcher import watch_training
 from moe_ray.training.failures import as_our_error
 from moe_ray.training.loop import Ended, train
@@ -52,6 +54,7 @@ def run_training(config: Config) -> int:
     """
     config = resolve_model(with_absolute_storage(config))
     _check_router(config.model)
+    check_trackers(config)
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
     with hold(run) as lease:
         return _run(config, run, lease.token)
@@ -176,12 +179,17 @@ def _trainer(config: Config, data_dir: Path, lease: str, scratch: str) -> Elasti
 def _worker(arguments: dict[str, Any]) -> Ended:
     """What each Ray Train worker runs."""
     config = build_config(arguments["config"])
-    setup_logging(config.telemetry.log_level)
     keep_freed_memory()
     set_threads(config.parallel.cpus_per_worker)
     device = get_device() if config.parallel.use_gpu else torch.device("cpu")
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
     context = ray.train.get_context()
+    setup_logging(
+        config.telemetry,
+        run=config.train.name,
+        rank=context.get_world_rank(),
+        job=ray.get_runtime_context().get_job_id(),
+    )
     memory = _worker_memory(config.parallel, device, context.get_local_world_size())
     plan = plan_mesh(config, context.get_world_size(), memory)
     if context.get_world_rank() == 0:
@@ -191,8 +199,10 @@ def _worker(arguments: dict[str, Any]) -> Ended:
     if run.local is None:
         store = open_storage(config.train.storage, config.checkpoint.retry_seconds)
         data_dir = obtain(data_dir, arguments["data_digest"], store)
-    report = _reporter(config, context.get_world_rank())
-    return train(config, mesh, data_dir, report, lambda: fence(run, arguments["lease"]))
+    is_first = context.get_world_rank() == 0
+    with follow_run(config, run) if is_first else nullcontext() as track:
+        report = _reporter(config, track)
+        return train(config, mesh, data_dir, report, lambda: fence(run, arguments["lease"]))
 
 
 def _worker_memory(parallel: ParallelConfig, device: torch.device, local_world: int) -> int | None:
@@ -205,12 +215,18 @@ def _worker_memory(parallel: ParallelConfig, device: torch.device, local_world: 
     return int(memory) or None
 
 
-def _reporter(config: Config, rank: int) -> Callable[[dict[str, Any]], None]:
+def _reporter(config: Config, track: Callable[[dict[str, Any]], None] | None) -> Callable[[dict[str, Any]], None]:
+    """What is done with each record.
+
+    Args:
+        track: hands it to the trackers, on rank 0; None on others.
+    """
     ray_metrics = RayMetrics()
 
     def report(metrics: dict[str, Any]) -> None:
-        if rank == 0:
+        if track is not None:
             ray_metrics.send(training_samples(metrics, config))
+            track(metrics)
         # Ray Train keeps numbers; what is by layer stands in metrics.jsonl.
         ray.train.report({name: value for name, value in metrics.items() if isinstance(value, int | float)})
 

@@ -1,23 +1,26 @@
-"""What Ray's metrics agent shows of a real training run and a real endpoint: every row of the catalogue."""
+"""A real training run and a real endpoint: what Ray's metrics agent shows of them, their logs, and a tracker."""
 
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import httpx
 import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from moe_ray.config import build_config
+from moe_ray.config import Config, build_config
 from moe_ray.telemetry.catalogue import CATALOGUE
 from moe_ray.telemetry.run_log import read_events, read_metrics
 from moe_ray.telemetry.samples import EVENTS, Sample, training_samples
 from tests.conftest import RayCluster, free_port
+from tests.test_trackers import read_tensorboard
 from tests.tiny import copy_corpus, tiny_settings
 from tests.waiting import until
 
@@ -59,27 +62,42 @@ def names_of(source: str) -> set[str]:
     return {metric.exposed_name + ("_count" if metric.kind == "histogram" else "") for metric in metrics}
 
 
+SECRET = uuid.uuid4().hex
+PROMPT = "the quick brown fox jumps over"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One that has just ended on the cluster."""
+
+    config: Config
+    output: str
+
+
 @pytest.fixture(scope="module")
-def run(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Settings of a run that has just ended on the cluster."""
+def run(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("metrics")
     corpus = folder / "corpus"
     corpus.mkdir()
     settings = tiny_settings(copy_corpus(corpus), folder / "runs", "measured")
     settings["parallel"] = {"workers": 2, "ep": 2, "cpus_per_worker": 0.5}
     settings["model"] |= {"num_layers": 3, "num_dense_layers": 1}
+    settings["telemetry"] = {"log_format": "json", "log_level": "debug", "trackers": ["tensorboard"]}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    subprocess.run(
+    ended = subprocess.run(
         [sys.executable, "jobs/train.py", str(folder / "config.yaml")],
-        env=os.environ | {"RAY_ADDRESS": ray_cluster.address},
-        check=True,
+        env=os.environ | {"RAY_ADDRESS": ray_cluster.address, "AWS_SECRET_ACCESS_KEY": SECRET},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         timeout=200,
     )
-    return settings
+    assert ended.returncode == 0, ended.stdout
+    return Run(build_config(settings), ended.stdout)
 
 
-def test_training_is_shown_as_it_was_logged(ray_cluster: RayCluster, run: dict[str, Any]) -> None:
-    config = build_config(run)
+def test_training_is_shown_as_it_was_logged(ray_cluster: RayCluster, run: Run) -> None:
+    config = run.config
     logged = read_metrics(config.train.run_dir)
     expected: Values = {}
     for record in logged:
@@ -102,20 +120,37 @@ def test_training_is_shown_as_it_was_logged(ray_cluster: RayCluster, run: dict[s
         assert found["ray_moe_train_events_total", labels] == pytest.approx(count)
 
 
-def test_gauges_of_workers_that_are_gone_are_forgotten(ray_cluster: RayCluster, run: dict[str, Any]) -> None:
+def test_training_logs_say_who_speaks(run: Run) -> None:
+    # Ray puts the process before the lines of others.
+    lines = [json.loads(line[line.index("{") :]) for line in run.output.splitlines() if '{"time"' in line]
+    assert {line["run"] for line in lines} == {"measured"}
+    assert {(line["logger"], line.get("rank")) for line in lines} >= {
+        ("moe_ray.training.launcher", 0),
+        ("moe_ray.training.elastic", None),
+    }
+    assert len({line["job"] for line in lines if "job" in line}) == 1
+    assert SECRET not in run.output
+
+
+def test_tensorboard_shows_what_was_logged(run: Run) -> None:
+    curve, _ = read_tensorboard(run.config.train.run_dir / "trackers", "measured")
+    assert dict(curve) == pytest.approx({m["step"]: m["loss"] for m in read_metrics(run.config.train.run_dir)})
+
+
+def test_gauges_of_workers_that_are_gone_are_forgotten(ray_cluster: RayCluster, run: Run) -> None:
     step = ("ray_moe_train_step", frozenset({("run", "measured")}))
     until(lambda: step not in scrape(ray_cluster), seconds=60)
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster: RayCluster, run: dict[str, Any]) -> Iterator[str]:
+def url(ray_cluster: RayCluster, run: Run) -> Iterator[str]:
     """A replica that serves the run, with all caches."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
     from serve_apps.moe_lm import build
 
-    path, port = build_config(run).train.run_dir, free_port()
+    path, port = run.config.train.run_dir, free_port()
     serve.start(http_options=HTTPOptions(host="127.0.0.1", port=port))
     try:
         args = {"checkpoint": str(path), "serve.min_replicas": "1", "serve.max_replicas": "1"}
@@ -126,7 +161,7 @@ def url(ray_cluster: RayCluster, run: dict[str, Any]) -> Iterator[str]:
 
 
 def test_requests_are_shown_as_the_replica_counts_them(ray_cluster: RayCluster, url: str) -> None:
-    body = {"model": "measured", "prompt": "import", "max_tokens": 8, "temperature": 0}
+    body = {"model": "measured", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
     for _ in range(3):
         assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
     with httpx.stream("POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=60) as answer:
@@ -154,3 +189,26 @@ def test_requests_are_shown_as_the_replica_counts_them(ray_cluster: RayCluster, 
     assert found["ray_moe_serve_response_cache_hits_total", of_replica] == 3
     assert found["ray_moe_serve_generated_tokens_total", of_replica] == 8
     assert found["ray_moe_serve_blocks_total", of_replica] > 0
+
+
+def test_replicas_log_the_request_and_neither_prompt_nor_key(ray_cluster: RayCluster, url: str) -> None:
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\nx-request-id: left-early\r\n"
+    head += f"authorization: Bearer {SECRET}\r\ncontent-type: application/json\r\ncontent-length: 9000\r\n\r\n"
+
+    def lines() -> list[str]:
+        files = (ray_cluster.temp_dir / "session_latest" / "logs").glob("worker-*.err")
+        return [line for file in files for line in file.read_text().splitlines() if "moe_ray.serving" in line]
+
+    def is_logged() -> bool:
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(head.encode() + json.dumps({"prompt": PROMPT})[:-1].encode())
+        return any("left-early" in line for line in lines())
+
+    until(is_logged)
+    (left, *_) = [json.loads(line) for line in lines() if "left-early" in line]
+    assert left["message"] == "a client left before its request was complete"
+    assert left["replica"]
+    text = "\n".join(lines())
+    assert PROMPT not in text
+    assert SECRET not in text
