@@ -16,6 +16,8 @@ VARIABLES = {
     "ip": "node",
     "NodeAddress": "node",
 }
+# Its `app` is the endpoint's address.
+_UNFILTERED = {"moe_cluster_ready"}
 _SERIES = re.compile(r"\b((?:moe|ray|autoscaler)_\w+|ALERTS\b|up\b)(?:\{([^{}]*)\})?")
 _EXPOSED = {metric.exposed_name: metric for metric in CATALOGUE.values()}
 
@@ -60,6 +62,7 @@ def _find(name: str) -> tuple[Metric | Foreign, str]:
 
 def _filtered(match: re.Match[str]) -> str:
     metric, _ = _find(match[1])
-    filters = [f'{label}=~"${VARIABLES[label]}"' for label in metric.labels if label in VARIABLES]
+    labels = [label for label in metric.labels if label in VARIABLES and metric.name not in _UNFILTERED]
+    filters = [f'{label}=~"${VARIABLES[label]}"' for label in labels]
     matchers = ",".join([*filters, match[2]] if match[2] else filters)
     return exposed(match[1]) + (f"{{{matchers}}}" if matchers else "")
