@@ -3,8 +3,8 @@
 usage: python -m cluster.local start|stop|status [--dir DIR] [--num-cpus N] [--proxy haproxy|plain]
 
 DIR (default runs/cluster) holds what belongs to the cluster: `env`, to be sourced by a shell that uses it, the
-access token, the head's log and `targets.json`, which tells Prometheus what to scrape. Each DIR has a cluster of its
-own, on ports of its own; `stop` ends all processes of that cluster and touches no other. Serve answers through
+access token, the head's log and `targets.json`, which tells Prometheus what to scrape. Each DIR has a cluster of
+its own, on ports of its own; `stop` ends all processes of that cluster and touches no other. Serve answers through
 HAProxy where there is one, else through its own proxy.
 """
 
