@@ -11,6 +11,7 @@ import ray.exceptions
 from prometheus_client.parser import text_string_to_metric_families
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo  # ty: ignore
 from ray.serve.context import _get_global_client
+from ray.serve.schema import DeploymentDetails, ServeInstanceDetails
 
 from moe_ray.telemetry.catalogue import CATALOGUE
 from moe_ray.telemetry.rules import RULES
@@ -75,8 +76,8 @@ class ClusterWatch:
             states: Counter[str] = Counter({"RUNNING": 0})
             wanted = 0
             for deployment in deployments:
-                states.update(str(replica["state"].value) for replica in deployment["replicas"])
-                wanted += deployment["target_num_replicas"]
+                states.update(replica.state.value for replica in deployment.replicas)
+                wanted += deployment.target_num_replicas or 0
             yield Sample("moe_cluster_replicas_wanted", {"app": app}, wanted)
             yield Sample("moe_cluster_replicas_lost", {"app": app}, died[app] - self._died_before[app])
             for state, count in states.items():
@@ -105,11 +106,13 @@ def _scrape(url: str) -> Iterator[Sample]:
             yield Sample(_NAMES[found.name], found.labels, found.value)
 
 
-def _applications() -> dict[str, list[dict[str, Any]]]:
-    """Deployments by application; none where Serve does not run."""
+def _applications() -> dict[str, list[DeploymentDetails]]:
+    # `serve.status()` leaves out how many replicas are wanted.
     client = _get_global_client(raise_if_no_controller_running=False)
-    applications = {} if client is None else client.get_serve_details()["applications"]
-    return {name: list(application["deployments"].values()) for name, application in applications.items()}
+    if client is None:
+        return {}
+    details = ServeInstanceDetails(**client.get_serve_details())
+    return {name: list(app.deployments.values()) for name, app in details.applications.items()}
 
 
 def _lost_nodes() -> list[str]:
