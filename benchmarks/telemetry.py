@@ -150,9 +150,7 @@ def main(arguments: argparse.Namespace) -> None:
             ray.shutdown()
     for form, seconds in log_costs(5000).items():
         rows[f"a line of log, {form}"] = (f"{seconds * 1e6:.0f} us", None)
-    print(
-        f"a step takes {step * 1e3:.0f} ms of a processor, a record is logged every {config.train.log_every} steps\n"
-    )
+    print(f"a step takes {step * 1e3:.0f} ms of a processor, and a record is of {config.train.log_every} steps\n")
     print("| what | costs | share |\n|---|---:|---:|")
     for name, (cost, share) in rows.items():
         print(f"| {name} | {cost} | {'' if share is None else f'{share:.3%}'} |")

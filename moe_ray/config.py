@@ -226,6 +226,13 @@ class TelemetryConfig(Section):
     wandb_mode: Literal["offline", "online"] = Field(
         "offline", description="offline: files in that folder, for `wandb sync`; online: needs WANDB_API_KEY"
     )
+    alerts: bool = Field(True, description="evaluate the alert rules while training, in the training command")
+    check_seconds: PositiveFloat = Field(5.0, description="time between two evaluations of the alert rules")
+    webhook_file: str | None = Field(
+        None,
+        description="file that holds the URL to which alerts are POSTed as JSON; default: that of the variable "
+        "MOE_RAY_WEBHOOK_URL, if it is set",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -39,6 +39,7 @@ _NUMBERS = {
 }
 _BY_LAYER = {
     "moe_expert_load_cv": "load_cv_by_layer",
+    "moe_expert_collapse": "collapse_by_layer",
     "moe_expert_load_variance": "load_variance_by_layer",
     "moe_expert_routing_entropy": "routing_entropy_by_layer",
     "moe_expert_dead": "dead_experts_by_layer",
@@ -72,8 +73,16 @@ def training_samples(record: Mapping[str, Any], config: Config) -> list[Sample]:
         Sample("moe_train_val_domain_perplexity", run | {"domain": domain}, perplexity)
         for domain, perplexity in record.get("val_perplexity_by_domain", {}).items()
     ]
+    found += _expected_seconds(record, config, run)
     found += _expert_samples(record, config, run)
     return [sample for sample in found if sample.value is not None and math.isfinite(sample.value)]
+
+
+def _expected_seconds(record: Mapping[str, Any], config: Config, run: Mapping[str, str]) -> Iterator[Sample]:
+    """How long it should take until the next logged step and checkpoint."""
+    seconds = record.get("step_seconds") or math.nan
+    yield Sample("moe_train_log_seconds", run, seconds * config.train.log_every)
+    yield Sample("moe_checkpoint_due_seconds", run, seconds * config.checkpoint.every)
 
 
 def event_sample(run: str, event: str, times: int = 1) -> Sample:

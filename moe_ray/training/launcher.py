@@ -34,6 +34,7 @@ from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.progress import show_progress
 from moe_ray.telemetry.samples import training_samples
 from moe_ray.telemetry.trackers.follow import check_trackers, follow_run
+from moe_ray.telemetry.watcher import watch_training
 from moe_ray.training.failures import as_our_error
 from moe_ray.training.loop import Ended, train
 from moe_ray.training.resume import check_data, check_settings
@@ -74,7 +75,11 @@ def _run(config: Config, run: Storage, lease: str) -> int:
     run.write("config.yaml", to_yaml(config).encode())
     _set_ray_train_defaults(config.parallel)
     connect(config.parallel)
-    with show_progress(run, config.train.steps), tempfile.TemporaryDirectory(prefix="moe_ray-train-") as scratch:
+    with (
+        show_progress(run, config.train.steps),
+        watch_training(run, config),
+        tempfile.TemporaryDirectory(prefix="moe_ray-train-") as scratch,
+    ):
         try:
             return _trainer(config, data_dir, lease, scratch).fit().return_value.step  # ty: ignore
         except TrainingFailedError as error:

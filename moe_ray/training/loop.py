@@ -26,7 +26,15 @@ from moe_ray.telemetry.clock import PhaseClock
 from moe_ray.telemetry.logs import set_log_fields
 from moe_ray.telemetry.run_log import RunLog, read_metrics
 from moe_ray.training.held_out import held_out_batches, validation_metrics
-from moe_ray.training.measure import Interval, LossTrend, numbers, sample_checksum, step_metrics, wrap_checksum
+from moe_ray.training.measure import (
+    Interval,
+    LoadTrend,
+    LossTrend,
+    numbers,
+    sample_checksum,
+    step_metrics,
+    wrap_checksum,
+)
 from moe_ray.training.optimizer import build_optimizer, learning_rate
 from moe_ray.training.requests import Request, answered, asked, heaviest
 from moe_ray.training.restore import restore
@@ -127,6 +135,7 @@ class _Loop:
         is_first = trainer.mesh.rank == 0
         self._log = RunLog(run) if is_first else None
         self._trend = LossTrend(logged["loss"] for logged in read_metrics(run)) if is_first else None
+        self._load_trend = LoadTrend(trainer.config.model)
         self._interval = Interval()
         self._latest: dict[str, float] = {}
         self._bad_steps = self._failed_saves = self._last_try = 0
@@ -172,6 +181,7 @@ class _Loop:
     def _log_step(self, done: int, lr: float, result: StepResult, evaluates: bool) -> None:
         metrics = step_metrics(self._trainer, done, lr, result, self._interval)
         metrics["sample_checksum"] = wrap_checksum(result.signals[-1])
+        metrics["collapse_by_layer"] = self._load_trend.add(metrics["load_by_layer"], self._interval.steps)
         if self._trend is not None:
             metrics["loss_over_best"] = self._trend.add(metrics["loss"])
         metrics["checkpoint_step"] = self._writer.saved_step
