@@ -89,7 +89,7 @@ def run(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Ru
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=230,
     )
     assert ended.returncode == 0, ended.stdout
     return Run(build_config(settings), ended.stdout)
