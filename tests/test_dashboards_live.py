@@ -159,6 +159,7 @@ def all_queries() -> dict[str, str]:
     queries = {query.where: query.filled(WINDOW) for query in asked()}
     for rule in RULES:
         queries |= {f"{rule.name} / {place}": c.number for place, c in enumerate(rule.conditions)}
+    assert len(queries) == len(list(asked())) + sum(len(rule.conditions) for rule in RULES)
     return queries
 
 
