@@ -141,6 +141,8 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scene, Prometheus]]:
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+    # On a busy machine Serve would kill its proxy for a slow start.
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
     if shutil.which("prometheus") is None:
         pytest.skip("there is no Prometheus: apt-get install prometheus")
     port, cluster = free_port(), LocalCluster(tmp_path / "cluster")
