@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_ray.config import Config
-from moe_ray.errors import MoeRayError
 from moe_ray.storage import Storage
 from moe_ray.telemetry.alerts import Alert, Alerts
 from moe_ray.telemetry.health import Health, health
@@ -72,7 +71,8 @@ class Watcher:
         """What cannot be observed is said once, and is an alert of its own."""
         try:
             action()
-        except (MoeRayError, OSError, ValueError) as error:
+        # Whatever a cluster, a driver or a network comes up with, the rest is watched on.
+        except Exception as error:
             if name not in self._failing:
                 _logger.warning("%s cannot be observed: %s", name, error)
             self._failing[name] = str(error)
