@@ -36,6 +36,7 @@ def asked() -> Iterator[Asked]:
     for name, board in BOARDS.items():
         for panel in panels(board):
             for target in panel["targets"]:
-                yield Asked(f"{name} / {panel['title']} / {target['refId']}", target["expr"])
+                where = f"{name} / {panel['id']} {panel['title']} / {target['refId']}"
+                yield Asked(where, target["expr"])
         for annotation in board["annotations"]["list"]:
             yield Asked(f"{name} / {annotation['name']}", annotation["expr"])

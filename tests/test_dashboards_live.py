@@ -67,7 +67,7 @@ class Scene:
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         (folder / "corpus").mkdir()
         settings = tiny_settings(copy_corpus(folder / "corpus"), folder / "runs", "live")
-        settings["train"] |= {"steps": 60, "eval_every": 20}
+        settings["train"] |= {"steps": 40, "eval_every": 20}
         (folder / "live.yaml").write_text(yaml.safe_dump(settings))
         self.run_dir = folder / "runs" / "live"
 
@@ -111,7 +111,8 @@ class Scene:
     @contextmanager
     def monitor(self) -> Iterator[None]:
         command = MONITOR.replace("/data/runs/wiki", str(self.run_dir)).replace("http://127.0.0.1:8000", self.url)
-        command += f" --port {self.monitor_port} --every 1"
+        # Nothing answers at the second endpoint, so an alert fires.
+        command += f" --endpoint http://127.0.0.1:{free_port()} --port {self.monitor_port} --every 1"
         log = self.folder / "monitor.log"
         with running(shlex.split(command), self.environment, log) as process:
             yield
@@ -141,6 +142,8 @@ class Scene:
 @pytest.fixture
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scene, Prometheus]]:
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+    # On a busy machine Serve would kill its proxy for a slow start.
+    monkeypatch.setenv("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
     if shutil.which("prometheus") is None:
         pytest.skip("there is no Prometheus: apt-get install prometheus")
     port, cluster = free_port(), LocalCluster(tmp_path / "cluster")
@@ -159,6 +162,7 @@ def all_queries() -> dict[str, str]:
     queries = {query.where: query.filled(WINDOW) for query in asked()}
     for rule in RULES:
         queries |= {f"{rule.name} / {place}": c.number for place, c in enumerate(rule.conditions)}
+    assert len(queries) == len(list(asked())) + sum(len(rule.conditions) for rule in RULES)
     return queries
 
 
