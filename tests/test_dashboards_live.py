@@ -185,11 +185,12 @@ def test_every_query_has_data(scene: tuple[Scene, Prometheus]) -> None:
 
     stage.train()
     with stage.endpoint():
-        with stage.monitor(), stage.load(), suppress(AssertionError):
-            until(all_had_data, 180)
-        assert pending == {}
-        absent = [where for where, expr in queries.items() if is_absent(expr) and prometheus.has_data(expr)]
-        assert absent == [], "these have data: take them from ABSENT"
+        with stage.monitor(), stage.load():
+            with suppress(AssertionError):
+                until(all_had_data, 180)
+            assert pending == {}
+            present = [where for where, expr in queries.items() if is_absent(expr) and prometheus.has_data(expr)]
+            assert present == [], "these have data: take them from ABSENT"
         # The monitor has ended.
         until(lambda: prometheus.has_data(queries["MonitorGone / 0"]))
     rules = [rule for group in prometheus.get("rules")["groups"] for rule in group["rules"]]
