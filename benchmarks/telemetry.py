@@ -2,7 +2,8 @@
 
 Run `python benchmarks/telemetry.py`. Steps are those of jobs/configs/quickstart.yaml on one worker. What a record
 costs is measured in a process of a Ray cluster of its own, for that model and one of 32 layers of 64 experts, once
-with the metrics for Ray alone and once with TensorBoard's thread. Targets: 1% of a step and of a request.
+with the metrics for Ray alone and once with TensorBoard's thread. All times are those of a processor, which other
+load on the machine changes little. Targets: 1% of a step and of a request.
 """
 
 import argparse
@@ -20,6 +21,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
 import ray
 
 from moe_ray.config import Config, load_config
+from moe_ray.cpu import set_threads
 from moe_ray.data.prepare import prepare
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.ray_metrics import RayMetrics
@@ -39,14 +41,22 @@ _REQUEST_SECONDS = 1.3e-3
 _INTERVAL_SECONDS = 5.0
 
 
-def train_for_records(folder: Path) -> tuple[Config, list[dict[str, Any]]]:
-    """A short training in this process; its records."""
-    overrides = ["parallel.workers=1", "parallel.ep=1", "train.steps=20", f"train.storage={folder}"]
+def train_for_records(folder: Path) -> tuple[Config, dict[str, Any], float]:
+    """A short training in this process on one thread; its last record, and processor seconds of a step."""
+    set_threads(1)
+    overrides = [
+        "parallel.workers=1",
+        "parallel.ep=1",
+        "train.steps=20",
+        "train.eval_batches=1",
+        f"train.storage={folder}",
+    ]
     config = load_config(_CONFIG, [*overrides, "optim.warmup_steps=2"])
-    records: list[dict[str, Any]] = []
+    records: list[tuple[float, dict[str, Any]]] = []
     config.train.run_dir.mkdir(parents=True)
-    train(config, build_mesh(1), prepare(config), records.append)
-    return config, records
+    train(config, build_mesh(1), prepare(config), lambda record: records.append((time.process_time(), record)))
+    (began, _), (ended, record) = records
+    return config, record, (ended - began) / config.train.log_every
 
 
 def widen(record: dict[str, Any], layers: int, experts: int) -> dict[str, Any]:
@@ -120,8 +130,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Print the shares."""
     rows: dict[str, tuple[str, float | None]] = {}
     with tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:  # nosec B108
-        config, records = train_for_records(Path(folder) / "runs")
-        step = records[-1]["step_seconds"]
+        config, record, step = train_for_records(Path(folder) / "runs")
         ray.init(
             address="local",
             num_cpus=4,
@@ -132,7 +141,7 @@ def main(arguments: argparse.Namespace) -> None:
             _temp_dir=f"{folder}/ray",
         )
         try:
-            rows |= training_rows(config, records[-1], step, arguments)
+            rows |= training_rows(config, record, step, arguments)
             process = Process.remote()
             empty, each = ray.get(process.replica_costs.remote(arguments.requests, 20))
             rows["a report of a replica, every 5 s"] = (f"{empty * 1e3:.2f} ms", empty / _INTERVAL_SECONDS)
@@ -141,7 +150,7 @@ def main(arguments: argparse.Namespace) -> None:
             ray.shutdown()
     for form, seconds in log_costs(5000).items():
         rows[f"a line of log, {form}"] = (f"{seconds * 1e6:.0f} us", None)
-    print(f"a step takes {step * 1e3:.0f} ms, a record is logged every {config.train.log_every} steps\n")
+    print(f"a step takes {step * 1e3:.0f} ms of a processor, and a record is of {config.train.log_every} steps\n")
     print("| what | costs | share |\n|---|---:|---:|")
     for name, (cost, share) in rows.items():
         print(f"| {name} | {cost} | {'' if share is None else f'{share:.3%}'} |")

@@ -191,7 +191,7 @@ def check_limits() -> Iterator[Finding]:
     size = shutil.disk_usage(shm).total
     small = size < _SHM_BYTES
     fix = "start the container with --shm-size=8g" if small else ""
-    yield Finding("shared memory", "warning" if small else "ok", f"/dev/shm has {size / 2**30:.1f} GiB", fix)
+    yield Finding("shared memory", "warning" if small else "ok", f"{shm} has {size / 2**30:.1f} GiB", fix)
 
 
 def check_native() -> Iterator[Finding]:

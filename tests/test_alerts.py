@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,6 +110,12 @@ def test_a_warning_degrades():
     warning = next(rule for rule in RULES if rule.severity == "warning")
     alert = Alert(warning, (("run", "a"),), State.FIRING, 0.0, 1.0)
     assert health([alert], [warning.component]).status is Status.DEGRADED
+
+
+def test_a_ratio_over_nothing_is_json():
+    record = Alert(LOSS, (("run", "a"),), State.FIRING, 5.0, math.inf).record()
+    assert (record["value"], record["summary"]) == (None, "loss +Inf of a")
+    json.dumps(record, allow_nan=False)
 
 
 @contextmanager

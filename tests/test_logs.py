@@ -1,5 +1,6 @@
 """Log lines: their two forms, what they are about, repeats, and secrets that do not get into them."""
 
+import asyncio
 import json
 import logging
 import re
@@ -7,11 +8,16 @@ import time
 import uuid
 from collections.abc import Iterator
 
+import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from moe_ray.config import TelemetryConfig, build_config
 from moe_ray.errors import ConfigError
+from moe_ray.serving.access import Access, Observer
 from moe_ray.serving.api_keys import make_key
+from moe_ray.serving.app import ErrorBoundary
+from moe_ray.serving.usage import request_fields
 from moe_ray.telemetry.logs import set_log_fields, setup_logging
 
 _logger = logging.getLogger("moe_ray.test")
@@ -140,3 +146,20 @@ def test_what_is_no_secret_is_written(capsys: pytest.CaptureFixture[str]) -> Non
     for line in lines:
         _logger.info(line)
     assert [line.partition("moe_ray.test: ")[2] for line in said(capsys)] == lines
+
+
+def test_lines_name_the_request_that_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    async def fail(scope: Scope, receive: Receive, send: Send) -> None:
+        raise ArithmeticError
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Observer(ErrorBoundary(fail), Access()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://host") as client:
+            return await client.get("/", headers={"x-request-id": "mine"})
+
+    setup_logging(TelemetryConfig(log_format="json"), request_fields)
+    assert asyncio.run(ask()).status_code == 500
+    _logger.info("outside of it")
+    failed, outside = [json.loads(line) for line in said(capsys)]
+    assert (failed["request"], failed["traceback"][-15:]) == ("mine", "ArithmeticError")
+    assert "request" not in outside

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import uuid
@@ -90,7 +89,7 @@ def run(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Ru
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=230,
     )
     assert ended.returncode == 0, ended.stdout
     return Run(build_config(settings), ended.stdout)
@@ -191,24 +190,18 @@ def test_requests_are_shown_as_the_replica_counts_them(ray_cluster: RayCluster, 
     assert found["ray_moe_serve_blocks_total", of_replica] > 0
 
 
-def test_replicas_log_the_request_and_neither_prompt_nor_key(ray_cluster: RayCluster, url: str) -> None:
-    host, port = url.removeprefix("http://").split(":")
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\nx-request-id: left-early\r\n"
-    head += f"authorization: Bearer {SECRET}\r\ncontent-type: application/json\r\ncontent-length: 9000\r\n\r\n"
+def test_replicas_log_neither_prompts_nor_keys(ray_cluster: RayCluster, url: str) -> None:
+    headers = {"authorization": f"Bearer {SECRET}"}
+    for body in ({"model": "measured", "prompt": PROMPT, "max_tokens": 2}, {"model": PROMPT, "prompt": PROMPT}):
+        httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
 
-    def lines() -> list[str]:
-        files = (ray_cluster.temp_dir / "session_latest" / "logs").glob("worker-*.err")
-        return [line for file in files for line in file.read_text().splitlines() if "moe_ray.serving" in line]
+    def logged() -> str:
+        files = (ray_cluster.temp_dir / "session_latest" / "logs").glob("worker-*")
+        return "\n".join(file.read_text(errors="replace") for file in files)
 
-    def is_logged() -> bool:
-        with socket.create_connection((host, int(port))) as client:
-            client.sendall(head.encode() + json.dumps({"prompt": PROMPT})[:-1].encode())
-        return any("left-early" in line for line in lines())
-
-    until(is_logged)
-    (left, *_) = [json.loads(line) for line in lines() if "left-early" in line]
-    assert left["message"] == "a client left before its request was complete"
-    assert left["replica"]
-    text = "\n".join(lines())
-    assert PROMPT not in text
-    assert SECRET not in text
+    until(lambda: '"message": "serving ' in logged())
+    (line,) = [json.loads(line) for line in logged().splitlines() if '"message": "serving ' in line]
+    assert line["replica"]
+    assert line["level"] == "info"
+    assert PROMPT not in logged()
+    assert SECRET not in logged()

@@ -56,7 +56,7 @@ def read_tensorboard(folder: Path, name: str = "wiki") -> tuple[Curve, str]:
     """As TensorBoard reads it, without what later starts have purged."""
     from tensorboardX.proto.event_pb2 import Event
 
-    losses: dict[int, float] = {}
+    losses: Curve = []
     text = ""
     for path in sorted((folder / "tensorboard" / name).iterdir()):
         content, place = path.read_bytes(), 0
@@ -65,13 +65,13 @@ def read_tensorboard(folder: Path, name: str = "wiki") -> tuple[Curve, str]:
             event = Event.FromString(content[place + 12 : place + 12 + size])
             place += size + 16
             if event.WhichOneof("what") == "session_log":
-                losses = {step: loss for step, loss in losses.items() if step < event.step}
+                losses = [point for point in losses if point[0] < event.step]
             for value in event.summary.value:
                 if value.tag == "loss":
-                    losses[event.step] = value.simple_value
+                    losses.append((event.step, value.simple_value))
                 if value.tag.startswith("settings"):
                     text = value.tensor.string_val[0].decode()
-    return sorted(losses.items()), text
+    return sorted(losses), text
 
 
 def read_mlflow(folder: Path) -> tuple[Curve, str]:

@@ -1,5 +1,7 @@
 """The Ray Serve deployment: one replica is one engine and its own HTTP ingress."""
 
+import gc
+import logging
 from typing import Any
 
 import ray
@@ -23,8 +25,10 @@ from moe_ray.serving.follow import Follower
 from moe_ray.serving.load_to_serve import load_to_serve
 from moe_ray.serving.ray_reporter import RayReporter
 from moe_ray.serving.replica_count import ReplicaCount
-from moe_ray.serving.usage import current_usage
+from moe_ray.serving.usage import request_fields
 from moe_ray.telemetry.logs import setup_logging
+
+_logger = logging.getLogger(__name__)
 
 
 @serve.ingress()
@@ -34,7 +38,7 @@ class LanguageModel:
     def __init__(self, checkpoint: str, config: ServeConfig, telemetry: TelemetryConfig) -> None:
         # Before the model, which takes longer. Serve adds the request id to all answers.
         replica = serve.get_replica_context().replica_tag
-        setup_logging(telemetry, _request_fields, replica=replica, job=ray.get_runtime_context().get_job_id())
+        setup_logging(telemetry, request_fields, replica=replica, job=ray.get_runtime_context().get_job_id())
         count = ReplicaCount(config.max_replicas)
         self._config, self._replica = config, replica
         self._membership: Membership | None = None
@@ -43,6 +47,8 @@ class LanguageModel:
         if any(key.requests_per_minute or key.tokens_per_minute for key in self._access.keys):
             count.start()
         set_threads(config.cpus_per_replica)
+        # Requests in flight are more objects than the default of 700: each burst would be searched for cycles.
+        gc.set_threshold(20_000)
 
         def load(source: str) -> CompletionService:
             model = load_to_serve(source, config)
@@ -59,6 +65,7 @@ class LanguageModel:
             self._service = load(checkpoint)
             self._app = make(self._service)
         self._reporter = RayReporter(self._access.metrics)
+        _logger.info("serving %s", checkpoint)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve after the constructor, in the event loop of requests."""
@@ -101,10 +108,6 @@ def make_application(checkpoint: str, config: ServeConfig, telemetry: TelemetryC
     return serve.deployment(name="LanguageModel", **deployment_options(config))(LanguageModel).bind(
         checkpoint, config, telemetry
     )
-
-
-def _request_fields() -> dict[str, str | None]:
-    return {"request": current_usage().request_id or None}
 
 
 def deployment_options(config: ServeConfig) -> dict[str, Any]:

@@ -43,14 +43,14 @@ class Alert:
         return self.rule.summary.format(value=value, **dict(self.labels))
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON, which has no infinity."""
         return {
             "alert": self.rule.name,
             "state": str(self.state),
             "severity": self.rule.severity,
             "component": self.rule.component,
             "labels": dict(self.labels),
-            "value": self.value,
+            "value": self.value if math.isfinite(self.value) else None,
             "since": self.since,
             "summary": self.summary,
             "action": self.rule.action,

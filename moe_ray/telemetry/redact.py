@@ -4,14 +4,14 @@ import os
 import re
 
 _HIDDEN = "***"
-_SECRET_NAME = (
+_TELLING_NAME = (
     r"[\w-]*(?:(?:api|access|account)[_-]?key|secret|token(?!s)|password|passwd|credential|signature)[\w-]*"
 )
 _PATTERNS = (
     # User and password of an address.
     (re.compile(r"(\w+://)[^/\s@'\"]+@"), rf"\1{_HIDDEN}@"),
     # Parameters, settings and JSON fields whose name says it.
-    (re.compile(rf"(?i)\b({_SECRET_NAME}['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;]+"), rf"\1{_HIDDEN}"),
+    (re.compile(rf"(?i)\b({_TELLING_NAME}['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;]+"), rf"\1{_HIDDEN}"),
     (re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}"), rf"\1{_HIDDEN}"),
     # Keys that tell themselves: ours, AWS', OpenAI's, Hugging Face's, GitHub's.
     (
