@@ -121,7 +121,7 @@ def decode_manifest(content: bytes, where: str) -> Manifest:
         field = ".".join(str(part) for part in error.errors()[0]["loc"]) or "content"
         raise CheckpointError(f"{where!r} is of another version ({field}).", _OTHER) from None
     for entry in manifest.files:
-        if Path(entry.name).name != entry.name:
+        if Path(entry.name).name != entry.name or entry.name in ("", ".."):
             raise CheckpointError(
                 f"{where!r} names the file {entry.name!r} outside the checkpoint.", "use a trusted checkpoint."
             )
