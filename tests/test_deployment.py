@@ -64,6 +64,19 @@ def test_secrets_are_made_for_their_owner_only(tmp_path: Path) -> None:
     assert [key.name for key in load_keys(str(made["api_keys"]))] == ["my-app"]
 
 
+def test_ray_does_not_start_without_the_token(tmp_path: Path) -> None:
+    script = f". {ROOT}/cluster/node.sh && exec ray start --head --port=0 --temp-dir={tmp_path}/r --block"
+    environment = {
+        "HOME": str(tmp_path),
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none"),
+    }
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert "AuthenticationError" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize("words", starting("ray"), ids=" ".join)
 def test_ray_understands(words: list[str]) -> None:
     check_ray(words)
