@@ -33,7 +33,8 @@ RUN apt-get update && \
 RUN useradd --uid 1000 --create-home ray && install --directory --owner=ray /runs
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/moe_ray /opt/moe_ray
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 \
+    RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/home/ray/secrets/token
 WORKDIR /opt/moe_ray
 USER 1000
 # Store of the cluster's state, dashboard and jobs, endpoint, metrics.
