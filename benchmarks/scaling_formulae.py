@@ -27,6 +27,7 @@ no experts, P_e of experts.
 import math
 from dataclasses import dataclass
 
+from moe_ray.analytics.routing import num_columns
 from moe_ray.model_config import ModelConfig
 from moe_ray.section import Dtype
 
@@ -128,7 +129,7 @@ def transfers(plan: Plan) -> dict[str, Transfer]:
     away = (ep - 1) / ep
     rows = 4 * layers * plan.tokens * model.top_k * model.dim * activation * away
     counts = 8 * layers * plan.accumulation * model.num_experts * away
-    statistics = 8 * (1 + layers * (2 * model.num_experts + 3))
+    statistics = 8 * (1 + layers * num_columns(model.num_experts))
     return {
         "dispatch": Transfer(rows + counts, ep, 1, 5 * layers * plan.accumulation * (ep - 1)),
         "dense": _gradients(4 * plan.dense_params, n, 1, plan.shard_dense, plan.accumulation),

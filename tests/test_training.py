@@ -76,6 +76,10 @@ def test_metrics_say_what_happened(make_config: Callable[..., Config]) -> None:
     assert last["load_cv"] == max(last["load_cv_by_layer"])
     assert 0 < last["routing_entropy"] <= 1
     assert last["dead_experts"] == sum(f == 0 for load_E in last["load_by_layer"] for f in load_E)
+    assert last["overloaded_experts"] == sum(f > 0.5 for load_E in last["load_by_layer"] for f in load_E)
+    assert last["load_max_over_mean"] == pytest.approx(4 * max(map(max, last["load_by_layer"])))
+    assert 0.25 < last["router_confidence"] < 1
+    assert 0 < last["router_margin"] < last["router_confidence"]
     assert last["grad_norm"] > 0
     assert last["memory_bytes"] > 50e6
     assert last["val_perplexity_by_domain"]["code"] == pytest.approx(last["val_perplexity"])
@@ -86,6 +90,8 @@ def test_world_size_does_not_change_the_curve(make_config: Callable[..., Config]
     four = run(make_config("parallel.workers=4", "parallel.ep=2", name="four"))
     assert losses(four) == pytest.approx(losses(one), rel=1e-5)
     assert four[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], rel=1e-5)
+    for name in ("router_confidence", "router_margin", "load_max_over_mean"):
+        assert four[-1][name] == pytest.approx(one[-1][name], rel=1e-3), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -69,7 +69,7 @@ class LayerStatistics(Part):
         overloaded_experts: with more than twice the mean load.
         dropped_fraction: as in metrics.jsonl.
         confidence: mean of the largest probability of a token.
-        margin: mean of the largest less the second largest; None with one expert.
+        margin: mean of the largest less the second largest, which is 0 with one expert.
         choice_overlap: 1 less the total variation distance between the distributions of first and second
             choices over experts: 1 if each expert is second as often as first; None if no token has two.
         choice_dependence: mutual information of first and second choice over the entropy of the second: 1 if the
@@ -92,7 +92,7 @@ class LayerStatistics(Part):
     overloaded_experts: tuple[int, ...]
     dropped_fraction: float
     confidence: float
-    margin: float | None
+    margin: float
     choice_overlap: float | None
     choice_dependence: float | None
     co_activation: Links | None
