@@ -1,0 +1,149 @@
+"""The page of one run, and of several next to each other."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_ray.analytics.analysis import Analysis, Question
+from moe_ray.analytics.report.balance import balance_parts
+from moe_ray.analytics.report.compare import comparison_parts, differing_settings
+from moe_ray.analytics.report.cost import cost_parts
+from moe_ray.analytics.report.curves import loss_parts
+from moe_ray.analytics.report.findings import findings_of
+from moe_ray.analytics.report.flow import flow_parts
+from moe_ray.analytics.report.parts import Finding, Missing, Page, Part, Section, Table
+from moe_ray.analytics.report.routers import router_parts
+from moe_ray.analytics.report.run import Run
+from moe_ray.analytics.report.specialisation import probe_parts, specialisation_parts
+from moe_ray.analytics.report.speed import speed_parts
+
+_MOST_EVENTS = 300
+_QUESTIONS: dict[Question, str] = {
+    "domain": "Experts by domain",
+    "token_class": "Experts by token class",
+    "position": "Experts by position",
+    "top_tokens": "Top tokens of experts",
+    "co_activation": "Experts chosen together",
+    "flow": "Flow of tokens",
+    "drift": "Drift between checkpoints",
+    "probes": "Experts of patterns",
+    "cost": "Cost",
+    "speed": "Predicted and measured speed",
+}
+
+
+def run_page(run: Run) -> Page:
+    """The page of one run."""
+    sections = [
+        Section("curves", "Loss", loss_parts(run)),
+        Section("speed", "Speed", speed_parts(run)),
+        Section("balance", "Load of the experts", balance_parts(run)),
+        *_analysed(run),
+        Section("samples", "Samples", _samples(run)),
+        Section("events", "Events", [_events(run)]),
+        Section("settings", "Settings", [_settings(run)]),
+    ]
+    lead = "One training run"
+    if run.steps is not None:
+        lead += f", up to step {run.steps[1]:,}" + (f" of {run.target:,}" if run.target else "")
+    return Page(run.name, f"{lead}.", findings_of(run), sections, run.steps)
+
+
+def comparison_page(runs: Sequence[Run]) -> Page:
+    """The page of several runs, with names that differ."""
+    findings = [
+        Finding(
+            f"{run.name}: {finding.text}", "compare-loss" if finding.id in ("loss", "perplexity") else "compare"
+        )
+        for run in runs
+        for finding in findings_of(run)
+        if finding.id in ("loss", "perplexity", "load", "time-shares")
+    ]
+    ranges = [run.steps for run in runs if run.steps is not None]
+    steps = (min(first for first, _ in ranges), max(last for _, last in ranges)) if ranges else None
+    sections = [
+        Section("compare", "Side by side", comparison_parts(runs, steps)),
+        *(
+            Section(f"samples-{number}", f"Samples of {run.name}", _samples(run))
+            for number, run in enumerate(runs, 1)
+        ),
+        Section("settings", "Settings", [differing_settings([flat(run.settings) for run in runs], runs)]),
+    ]
+    names = ", ".join(run.name for run in runs)
+    return Page(names, f"{len(runs)} training runs next to each other.", findings, sections, steps)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings by dotted names, values as text."""
+    found: dict[str, str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = "null" if value is None else str(value)
+    return found
+
+
+def _analysed(run: Run) -> list[Section]:
+    if run.analysis is None:
+        reason = run.why_not or "The run has no checkpoint yet: checkpoint.every says at which steps it gets one."
+        return [Section("specialisation", "Specialisation, flow and cost", [Missing("Analysis", reason)])]
+    analysis = run.analysis
+    sections = [
+        Section("held-out", "Routing of held-out text", router_parts(analysis)),
+        Section("specialisation", "Specialisation", specialisation_parts(analysis)),
+        Section("together", "Experts together", flow_parts(analysis)),
+        Section("patterns", "Patterns", probe_parts(analysis)),
+        Section("costs", "Cost", cost_parts(analysis)),
+    ]
+    homes = dict.fromkeys(("domain", "token_class", "position", "top_tokens"), 1)
+    homes |= (
+        dict.fromkeys(("co_activation", "flow", "drift"), 2) | {"probes": 3} | dict.fromkeys(("cost", "speed"), 4)
+    )
+    gone = [(homes[missing.question], _missing(missing)) for missing in analysis.missing]
+    whole = [
+        Section(section.id, section.title, [*section.parts, *(part for home, part in gone if home == number)])
+        for number, section in enumerate(sections)
+    ]
+    return [section for section in whole if section.parts]
+
+
+def _missing(missing: Any) -> Part:
+    return Missing(_QUESTIONS[missing.question], missing.reason)
+
+
+def _samples(run: Run) -> Sequence[Part]:
+    return run.samples or [Missing("Samples", run.why_not or "The run has no checkpoint that could write yet.")]
+
+
+def _events(run: Run) -> Part:
+    if not run.marks and not run.restarts:
+        return Missing("Events", "Nothing was noted: the run has no events.jsonl, and its steps show no restart.")
+    rows = [
+        *((mark.step, mark.letter, mark.when, mark.text) for mark in run.marks),
+        *(
+            (
+                restart.step,
+                "",
+                "",
+                f"went on from step {restart.step}; {restart.redone} steps done again; "
+                f"loading took {restart.restore_seconds:.1f} s",
+            )
+            for restart in run.restarts
+        ),
+    ]
+    note = (
+        "Letters are those above the charts. A step is the last one that was logged, and kept, before the event."
+    )
+    if len(rows) > _MOST_EVENTS:
+        note += f" The first {_MOST_EVENTS} of {len(rows):,}."
+    rows = sorted(rows[:_MOST_EVENTS], key=lambda row: row[0])
+    return Table(("step", "letter", "UTC", "event"), rows, "What happened", note, "event-table")
+
+
+def _settings(run: Run) -> Part:
+    if not run.settings:
+        return Missing("Settings", "The run's config.yaml is missing or damaged.")
+    note = (
+        "" if run.config is not None else "This version does not understand these settings; layers count from 0."
+    )
+    return Table(("setting", "value"), list(flat(run.settings).items()), "config.yaml", note)
