@@ -32,7 +32,7 @@ def balance_parts(run: Run) -> list[Part]:
         _layers_over_time(run, "routing_entropy", "Entropy of the routers", "normalised entropy", top=1.0)
     )
     if history.by_layer["dead_experts"].any():
-        parts.append(_layers_over_time(run, "dead_experts", "Experts without a token", "dead experts"))
+        parts.append(_layers_over_time(run, "dead_experts", "Experts without a token", "dead experts", least=1.0))
     else:
         count = len(history.layers_M)
         reason = f"Nothing to draw: no expert went without a token in the {count} logged steps looked at."
@@ -109,10 +109,12 @@ def _load_over_time(run: Run, load_MLE: np.ndarray) -> Figure:
     return Figure("load-over-time", "Load of each expert over steps", text, spec, table)
 
 
-def _layers_over_time(run: Run, name: str, title: str, value: str, top: float | None = None) -> Figure:
+def _layers_over_time(
+    run: Run, name: str, title: str, value: str, *, top: float | None = None, least: float = 0.1
+) -> Figure:
     values_ML = run.history.by_layer[name]
     finite_ML = np.nan_to_num(values_ML)
-    brightest = top if top is not None else max(float(np.quantile(finite_ML, 0.98)), 1e-3)
+    brightest = top if top is not None else max(float(np.quantile(finite_ML, 0.98)), least)
     spec = heat_map_over_time(finite_ML, _kept_steps(run), ("layer", run.layers), value, brightest)
     text = {
         "load_cv": "Coefficient of variation of the experts' load: 0 is balanced",

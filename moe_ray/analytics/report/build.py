@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moe_ray.analytics.analysis import Analysis, Question
+from moe_ray.analytics.analysis import Question
 from moe_ray.analytics.report.balance import balance_parts
 from moe_ray.analytics.report.compare import comparison_parts, differing_settings
 from moe_ray.analytics.report.cost import cost_parts
@@ -15,8 +15,8 @@ from moe_ray.analytics.report.routers import router_parts
 from moe_ray.analytics.report.run import Run
 from moe_ray.analytics.report.specialisation import probe_parts, specialisation_parts
 from moe_ray.analytics.report.speed import speed_parts
+from moe_ray.analytics.report.timeline import event_parts
 
-_MOST_EVENTS = 300
 _QUESTIONS: dict[Question, str] = {
     "domain": "Experts by domain",
     "token_class": "Experts by token class",
@@ -34,12 +34,12 @@ _QUESTIONS: dict[Question, str] = {
 def run_page(run: Run) -> Page:
     """The page of one run."""
     sections = [
-        Section("curves", "Loss", loss_parts(run)),
+        Section("curves", "Training curves", loss_parts(run)),
         Section("speed", "Speed", speed_parts(run)),
         Section("balance", "Load of the experts", balance_parts(run)),
         *_analysed(run),
         Section("samples", "Samples", _samples(run)),
-        Section("events", "Events", [_events(run)]),
+        Section("events", "Events", event_parts(run)),
         Section("settings", "Settings", [_settings(run)]),
     ]
     lead = "One training run"
@@ -113,31 +113,6 @@ def _missing(missing: Any) -> Part:
 
 def _samples(run: Run) -> Sequence[Part]:
     return run.samples or [Missing("Samples", run.why_not or "The run has no checkpoint that could write yet.")]
-
-
-def _events(run: Run) -> Part:
-    if not run.marks and not run.restarts:
-        return Missing("Events", "Nothing was noted: the run has no events.jsonl, and its steps show no restart.")
-    rows = [
-        *((mark.step, mark.letter, mark.when, mark.text) for mark in run.marks),
-        *(
-            (
-                restart.step,
-                "",
-                "",
-                f"went on from step {restart.step}; {restart.redone} steps done again; "
-                f"loading took {restart.restore_seconds:.1f} s",
-            )
-            for restart in run.restarts
-        ),
-    ]
-    note = (
-        "Letters are those above the charts. A step is the last one that was logged, and kept, before the event."
-    )
-    if len(rows) > _MOST_EVENTS:
-        note += f" The first {_MOST_EVENTS} of {len(rows):,}."
-    rows = sorted(rows[:_MOST_EVENTS], key=lambda row: row[0])
-    return Table(("step", "letter", "UTC", "event"), rows, "What happened", note, "event-table")
 
 
 def _settings(run: Run) -> Part:

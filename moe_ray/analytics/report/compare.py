@@ -87,7 +87,7 @@ def _time_shares(runs: Sequence[Run]) -> list[Part]:
     bar = {"type": "bar", "stroke": "currentColor", "strokeWidth": 0.5}
     spec = {
         "width": "container",
-        "height": {"step": 34},
+        "height": 34 * len(shares),
         "data": {"values": values},
         "mark": bar,
         "encoding": {**encoding, "color": colour, "tooltip": tooltip},

@@ -49,14 +49,20 @@ def _against_dense(cost: Cost) -> Figure:
             "title": "times this model's",
             "scale": {"type": "log", "nice": False, "padding": 12},
         },
-        "color": {"field": "model", "type": "nominal", "title": None, "scale": by_name(names, COLOURS)},
+        "color": {
+            "field": "model",
+            "type": "nominal",
+            "title": None,
+            "scale": by_name(names, COLOURS),
+            "legend": {"columns": {"expr": "width < 420 ? 1 : 3"}},
+        },
         "shape": {"field": "model", "type": "nominal", "title": None, "scale": by_name(names, SHAPES)},
         "tooltip": [{"field": name, "type": "nominal"} for name in ("model", "quantity", "value", "ratio")],
     }
     mark = {"type": "point", "filled": True, "size": 90, "opacity": 0.85}
     spec = {
         "width": "container",
-        "height": {"step": 24},
+        "height": 24 * len(ours),
         "data": {"values": values},
         "mark": mark,
         "encoding": encoding,
@@ -85,6 +91,7 @@ def _speeds(cost: Cost) -> Figure:
             "type": "quantitative",
             "title": "tokens/s of training",
             "scale": {"type": "log", "nice": True},
+            "axis": {"tickCount": 4},
         },
         "color": {"field": "kind", "type": "nominal", "title": None, "scale": scale},
         "shape": {"field": "kind", "type": "nominal", "title": None, "scale": shape},
@@ -92,7 +99,7 @@ def _speeds(cost: Cost) -> Figure:
     }
     spec = {
         "width": "container",
-        "height": {"step": 26},
+        "height": 26 * len(values),
         "data": {"values": values},
         "mark": {"type": "point", "filled": True, "size": 90},
         "encoding": encoding,

@@ -73,9 +73,22 @@ def marks_of(events: Sequence[Mapping[str, Any]], history: History) -> list[Mark
 
 
 def on_axes(marks: Sequence[Mark]) -> list[Mark]:
-    """Those drawn over charts: one for each step and kind, and not those that only wait."""
-    distinct = {(mark.step, mark.kind): mark for mark in marks if mark.kind != "waiting"}
-    return list(distinct.values())[:_MOST_ON_AXES]
+    """Those drawn over charts: one for each step, with the letters of all, but not of what only waits."""
+    steps: dict[int, list[Mark]] = {}
+    for mark in marks:
+        if mark.kind != "waiting":
+            steps.setdefault(mark.step, []).append(mark)
+    merged = [
+        Mark(
+            step,
+            "".join(dict.fromkeys(mark.letter for mark in of_step)),
+            "",
+            "; ".join(dict.fromkeys(mark.text for mark in of_step)),
+            None,
+        )
+        for step, of_step in steps.items()
+    ]
+    return merged[:_MOST_ON_AXES]
 
 
 def restarts_of(history: History, marks: Sequence[Mark]) -> list[Restart]:
@@ -105,7 +118,20 @@ def _time(event: Mapping[str, Any]) -> float:
 
 
 def _describe(event: Mapping[str, Any]) -> str:
-    details = {name: value for name, value in event.items() if name not in ("event", "time")}
-    return "; ".join(
-        [str(event["event"]), *(f"{name.replace('_', ' ')} {value}" for name, value in details.items())]
-    )
+    """In words; whatever else an event says follows by name."""
+    rest = {name: value for name, value in event.items() if name not in ("event", "time")}
+    kind = str(event["event"])
+    if kind == "start" and "workers" in rest:
+        text = f"{rest.pop('workers')} workers start"
+    elif kind == "resize" and "workers" in rest:
+        text = f"a change to {rest.pop('workers')} workers"
+    elif kind == "failure" and "reason" in rest:
+        ranks = ", ".join(map(str, rest.pop("ranks", ()))) or "unknown"
+        text = f"a failure of rank {ranks}: {rest.pop('reason')}"
+        text += "" if rest.pop("retry", True) else ", after which the run gave up"
+        rest.pop("saved_step", None)
+    elif kind == "drain":
+        text = f"notice that {rest.pop('nodes', 'some')} nodes leave"
+    else:
+        text = kind
+    return "; ".join([text, *(f"{name.replace('_', ' ')} {value}" for name, value in rest.items())])

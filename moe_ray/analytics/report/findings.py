@@ -101,7 +101,7 @@ def _restarts(run: Run) -> list[Finding]:
     if run.steps is None:
         return []
     if not run.restarts:
-        return [Finding("It never restarted from a checkpoint.", "events")]
+        return [Finding("It never restarted from a checkpoint.", "timeline")]
     each = [
         f"from step {restart.step}"
         + (f" ({restart.redone} steps were done again)" if restart.redone else " (no step was done again)")
@@ -111,7 +111,7 @@ def _restarts(run: Run) -> list[Finding]:
     count = len(run.restarts)
     rest = f"; {count - len(each)} more are listed" if count > len(each) else ""
     text = f"It restarted {'once' if count == 1 else f'{count} times'}: {'; '.join(each)}{rest}."
-    return [Finding(text, "events")]
+    return [Finding(text, "timeline")]
 
 
 def _trouble(run: Run) -> list[Finding]:

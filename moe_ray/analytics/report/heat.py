@@ -150,7 +150,7 @@ def _colour(title: str, top: float) -> dict[str, Any]:
 
 
 def _numbers(top: float, number: str) -> dict[str, Any]:
-    ink = {"condition": {"test": f"datum.v > {0.55 * top!r}", "value": "#000"}, "value": "#fff"}
+    ink = {"condition": {"test": f"datum.v > {0.45 * top!r}", "value": "#000"}, "value": "#fff"}
     text = {"field": "v", "type": "quantitative", "format": number}
     return {"mark": {"type": "text", "fontSize": 10}, "encoding": {"text": text, "color": ink}}
 

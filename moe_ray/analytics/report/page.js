@@ -11,17 +11,17 @@
       ...ink, domainColor: "currentColor", tickColor: "currentColor", gridColor: "currentColor", gridOpacity: 0.15,
       labelOverlap: true, labelLimit: 140, titleFontWeight: "normal",
     },
-    legend: { ...ink, orient: "top", labelLimit: 220, columns: { expr: "width < 480 ? 2 : 6" }, gradientLength: 160 },
+    legend: { ...ink, orient: "top", labelLimit: 220, titleLimit: 320, columns: { expr: "width < 480 ? 2 : 6" }, gradientLength: 160 },
     text: { color: "currentColor" },
   };
   const views = [];
   const charts = document.querySelectorAll(".chart");
   for (const chart of charts) {
     const options = { actions: false, renderer: "svg", ast: true, config };
-    const { view } = await vegaEmbed(chart, specs[chart.dataset.figure], options);
+    const spec = { autosize: { type: "fit-x", contains: "padding" }, ...specs[chart.dataset.figure] };
+    const { view } = await vegaEmbed(chart, spec, options);
     const signals = view.getState({ signals: (name) => name === "from" || name === "to", data: () => false }).signals;
     if ("from" in signals) views.push(view);
-    // Without it a print, which is narrower or wider, would cut the picture off.
     chart.querySelectorAll("select").forEach((select) => select.setAttribute("aria-label", "layer"));
   }
   const form = document.getElementById("range");

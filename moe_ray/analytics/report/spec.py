@@ -23,7 +23,7 @@ SHAPES = (
     "triangle-right",
 )
 MOST_POINTS = 500
-_FEW_POINTS = 60
+_FEW_POINTS = 30
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,12 @@ def line_chart(
     if len(lines) > 1:
         tooltip.insert(0, {"field": "series", "type": "nominal"})
     line = {
-        "mark": {"type": "line", "clip": True, "strokeWidth": 1.8},
+        "mark": {"type": "line", "strokeWidth": 1.8},
         "encoding": {"x": step_axis(), "y": y, "color": colour, "strokeDash": dash},
     }
     points = {
         "params": [hover],
-        "mark": {"type": "point", "filled": True, "size": 50, "clip": True},
+        "mark": {"type": "point", "filled": True, "size": 50},
         "encoding": {
             "x": step_axis(),
             "y": y,
@@ -128,7 +128,7 @@ def line_chart(
     layers = [line, points]
     if any("low" in point for point in values):
         band = {"x": step_axis(), "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": colour}
-        mark = {"type": "area", "opacity": 0.25, "clip": True}
+        mark = {"type": "area", "opacity": 0.25}
         layers.insert(0, {"transform": [{"filter": "isValid(datum.low)"}], "mark": mark, "encoding": band})
     shown = [{"filter": "datum.step >= from && datum.step <= to"}]
     return over_time([{"data": {"values": values}, "transform": shown, "layer": layers}], marks, steps, height)

@@ -59,7 +59,7 @@ def probe_parts(analysis: Analysis) -> list[Part]:
     }
     spec = {
         "width": "container",
-        "height": {"step": 18},
+        "height": 18 * len(values),
         "data": {"values": values},
         "layer": [
             {"mark": {"type": "rule", "color": "currentColor"}, "encoding": {"x": {"datum": 0}}},
@@ -76,7 +76,7 @@ def probe_parts(analysis: Analysis) -> list[Part]:
             effect.layer,
             effect.expert,
             *map(short, (effect.share, effect.control_share, effect.z)),
-            _p(effect.p_value),
+            short(effect.p_value),
         )
         for pattern, effect in effects
     ]

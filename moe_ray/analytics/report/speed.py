@@ -83,7 +83,7 @@ def _shares(run: Run) -> Figure:
     label = {"mark": {"type": "text", "align": "left", "dx": 4, "color": "currentColor"}}
     spec = {
         "width": "container",
-        "height": {"step": 26},
+        "height": 26 * len(values),
         "data": {"values": values},
         "encoding": encoding,
         "layer": [
@@ -111,7 +111,7 @@ def _split(run: Run) -> Figure:
         "order": {"field": "order", "type": "quantitative"},
         "tooltip": [{"field": "series", "type": "nominal", "title": "phase"}],
     }
-    mark = {"type": "area", "clip": True, "opacity": 0.85, "line": {"color": "currentColor", "strokeWidth": 0.7}}
+    mark = {"type": "area", "opacity": 0.85, "line": {"color": "currentColor", "strokeWidth": 0.7}}
     shown = [{"filter": "datum.step >= from && datum.step <= to"}]
     layer = {"data": {"values": values}, "transform": shown, "mark": mark, "encoding": encoding}
     text = "Exclusive seconds of each phase of the logged steps, stacked; in the legend's order from below."
