@@ -62,6 +62,20 @@ class TokenData:
         by_shard = np.array([self.domains.index(shard.domain) for shard in self._shards[split]], np.int64)
         return by_shard[np.searchsorted(self._stops[split], numbers, side="right")]
 
+    def document_ids(self, split: str, numbers: np.ndarray) -> np.ndarray:
+        """Number in the split of the document that holds the first token of each sequence, int64."""
+        ids = np.empty(numbers.shape, np.int64)
+        of_sequence = np.searchsorted(self._stops[split], numbers, side="right")
+        passed = 0
+        for position, shard in enumerate(self._shards[split]):
+            here = of_sequence == position
+            first = int(self._stops[split][position - 1]) if position else 0
+            offsets = np.load(self.folder / shard.offsets_file, mmap_mode="r", allow_pickle=False)
+            starts = (numbers[here] - first) * self.sequence_length
+            ids[here] = passed + np.searchsorted(offsets, starts, side="right") - 1
+            passed += shard.num_documents
+        return ids
+
     def documents(self, split: str, domain: str) -> Iterator[np.ndarray]:
         """Tokens of each document of a split and domain, its end-of-text id included."""
         for shard, tokens in zip(self._shards[split], self._tokens[split], strict=True):
