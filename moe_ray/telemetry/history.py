@@ -145,7 +145,7 @@ def _to_history(records: Iterable[tuple[bool, dict[str, Any] | None]]) -> Histor
 
 def _append(columns: dict[str, list[float]], row: dict[str, Any], size: int) -> None:
     """Add a row to columns that have `size` rows; all have one more then."""
-    for name in row.keys() - columns.keys():
+    for name in [name for name in row if name not in columns]:
         columns[name] = [math.nan] * size
     for name, values in columns.items():
         values.append(float(row[name]) if _is_number(row.get(name)) else math.nan)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_ray.analytics.analysis import Missing as Unanswered
 from moe_ray.analytics.analysis import Question
 from moe_ray.analytics.report.balance import balance_parts
 from moe_ray.analytics.report.compare import comparison_parts, differing_settings
@@ -28,6 +29,13 @@ _QUESTIONS: dict[Question, str] = {
     "probes": "Experts of patterns",
     "cost": "Cost",
     "speed": "Predicted and measured speed",
+}
+# Sections of what could not be answered.
+_HOMES: dict[Question, str] = {
+    **dict.fromkeys(("domain", "token_class", "position", "top_tokens"), "specialisation"),
+    **dict.fromkeys(("co_activation", "flow", "drift"), "together"),
+    **dict.fromkeys(("cost", "speed"), "costs"),
+    "probes": "patterns",
 }
 
 
@@ -95,20 +103,17 @@ def _analysed(run: Run) -> list[Section]:
         Section("patterns", "Patterns", probe_parts(analysis)),
         Section("costs", "Cost", cost_parts(analysis)),
     ]
-    homes = dict.fromkeys(("domain", "token_class", "position", "top_tokens"), 1)
-    homes |= (
-        dict.fromkeys(("co_activation", "flow", "drift"), 2) | {"probes": 3} | dict.fromkeys(("cost", "speed"), 4)
-    )
-    gone = [(homes[missing.question], _missing(missing)) for missing in analysis.missing]
+    gone = [(_HOMES.get(missing.question, "held-out"), _missing(missing)) for missing in analysis.missing]
     whole = [
-        Section(section.id, section.title, [*section.parts, *(part for home, part in gone if home == number)])
-        for number, section in enumerate(sections)
+        Section(section.id, section.title, [*section.parts, *(part for home, part in gone if home == section.id)])
+        for section in sections
     ]
     return [section for section in whole if section.parts]
 
 
-def _missing(missing: Any) -> Part:
-    return Missing(_QUESTIONS[missing.question], missing.reason)
+def _missing(missing: Unanswered) -> Part:
+    title = _QUESTIONS.get(missing.question, missing.question.replace("_", " "))
+    return Missing(title, missing.reason)
 
 
 def _samples(run: Run) -> Sequence[Part]:

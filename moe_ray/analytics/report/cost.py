@@ -68,8 +68,8 @@ def _against_dense(cost: Cost) -> Figure:
         "encoding": encoding,
     }
     text = (
-        "Dense models of equal active and of equal total size, over this model; the axis is logarithmic. Attention is "
-        f"counted over {cost.context:,} tokens, numbers are in {cost.dtype}."
+        "Dense models of equal active and of equal total size, over this model; the axis is logarithmic. Attention "
+        f"is counted over {cost.context:,} tokens, numbers are in {cost.dtype}."
     )
     columns = [_quantities(model) for model in cost.models]
     rows = [(quantity, *(short(column[quantity]) for column in columns)) for quantity in ours]

@@ -1,4 +1,4 @@
-"""What happened to a run, on its axis of steps: lines of `events.jsonl` and restarts that `metrics.jsonl` shows."""
+"""What happened to a run, on its axis of steps: events that were noted, and restarts that logged steps show."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

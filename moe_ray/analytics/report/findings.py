@@ -56,9 +56,9 @@ def _balance(run: Run) -> list[Finding]:
     worst = int(np.argmax(cv_L))
     load_E = load_MLE[-1, worst] * load_MLE.shape[2]
     text = (
-        f"Layer {run.layers[worst]} has the least balanced experts: load CV {cv_L[worst]:.2f} at the last logged step, "
-        f"where the best layer has {cv_L.min():.2f}. Its expert {int(load_E.argmax())} gets {load_E.max():.1f} times its "
-        f"fair share, expert {int(load_E.argmin())} {load_E.min():.1f} times."
+        f"Layer {run.layers[worst]} has the least balanced experts: load CV {cv_L[worst]:.2f} at the last logged "
+        f"step, where the best layer has {cv_L.min():.2f}. Its expert {int(load_E.argmax())} gets "
+        f"{load_E.max():.1f} times its fair share, expert {int(load_E.argmin())} {load_E.min():.1f} times."
     )
     return [Finding(text, "load")]
 
@@ -69,21 +69,20 @@ def _preferences(run: Run) -> list[Finding]:
     if domain is None:
         return []
     experts = [(layer.layer, expert) for layer in domain.layers for expert in layer.experts if expert.label]
-    clear = [item for item in experts if item[1].is_significant]
+    clear = sorted((item for item in experts if item[1].is_significant), key=lambda item: -item[1].lift)
     if not clear:
         text = f"None of the {len(experts)} experts prefers a domain more than chance would make one do."
         return [Finding(text, "preferences-domain")]
-    clear.sort(key=lambda item: -item[1].lift)
+    clearest = {expert.label: (layer, expert) for layer, expert in reversed(clear)}
     shares = dict(zip(domain.labels, domain.label_shares, strict=True))
-    chosen, seen = [], set()
-    for layer, expert in clear:
-        if expert.label not in seen and len(chosen) < _MOST_PREFERENCES:
-            seen.add(expert.label)
-            chosen.append(
-                f"expert {expert.expert} of layer {layer} prefers {expert.label} ({expert.share:.0%} of its routing weight, "
-                f"{shares[expert.label]:.0%} over all; p = {expert.p_value:.2g})"
-            )
-    text = f"{len(clear)} of {len(experts)} experts prefer a domain significantly: {'; '.join(chosen)}."
+    sentences = [
+        f"expert {expert.expert} of layer {layer} prefers {label} ({expert.share:.0%} of its routing weight, "
+        f"{shares[label]:.0%} over all experts; p = {expert.p_value:.2g})"
+        for label, (layer, expert) in sorted(clearest.items(), key=lambda item: -item[1][1].lift)
+        if label is not None
+    ]
+    chosen = "; ".join(sentences[:_MOST_PREFERENCES])
+    text = f"{len(clear)} of {len(experts)} experts prefer a domain significantly: {chosen}."
     return [Finding(text, "by-domain")]
 
 

@@ -46,8 +46,8 @@ def _sankey(analysis: Analysis) -> Figure:
     heads = [{"i": i, "name": str(layer)} for i, layer in enumerate(columns)]
     spec = _sankey_spec(nodes, links, heads, len(columns))
     text = (
-        "Tokens from the experts of a layer (its number is above) to those of the next layer with experts; bars are as "
-        "high as the load. The darker a band, the more tokens take it than would if layers chose independently."
+        "Tokens from the experts of a layer (its number is above) to those of the next layer with experts; bars are "
+        "as high as the load. The darker a band, the more tokens take it than would if layers chose independently."
     )
     if len(flows) < len(analysis.flows):
         text += f" Of {len(analysis.flows) + 1} layers, the {len(columns)} that depend most on each other."
@@ -210,8 +210,8 @@ def _co_activation(analysis: Analysis) -> list[Part]:
     experts = range(analysis.num_experts)
     spec = heat_map_by_layer(lifts, first, ("expert", experts), ("with expert", experts), "pairs over chance", 2.0)
     text = (
-        "Tokens that chose both experts, over what the load of both would give by chance: 1 is chance. The layer is "
-        "chosen below the picture; cells are brightest from 2 on."
+        "Tokens that chose both experts, over what the load of both would give by chance: 1 is chance. The layer "
+        "is chosen below the picture; cells are brightest from 2 on."
     )
     return [Figure("co-activation", "Experts chosen together", text, spec, _pairs(analysis))]
 
@@ -242,9 +242,9 @@ def _pairs(analysis: Analysis) -> Table:
 
 def _drift(analysis: Analysis) -> Figure:
     layers = [layer.layer for layer in analysis.drifts[0].layers]
-    columns = [f"{drift.from_step}–{drift.to_step}" for drift in analysis.drifts]
+    columns = [f"{drift.from_step} to {drift.to_step}" for drift in analysis.drifts]
     changed = np.array([[layer.changed for layer in drift.layers] for drift in analysis.drifts]).T
-    spec = heat_map(changed, ("layer", layers), ("from step to step", columns), "changed share", top=1.0)
+    spec = heat_map(changed, ("layer", layers), ("steps", columns), "changed share", top=1.0)
     text = (
         "Share of the same held-out tokens that a checkpoint sends to another set of experts than the one before."
     )

@@ -35,7 +35,7 @@ def render(page: Page) -> bytes:
 def shown(cell: Cell) -> str:
     """A cell of a table as people read it."""
     if cell is None:
-        return "–"
+        return "-"
     if isinstance(cell, int):
         return f"{cell:,}"
     if isinstance(cell, float):
@@ -46,7 +46,7 @@ def shown(cell: Cell) -> str:
 @cache
 def _library() -> str:
     """Vega, Vega-Lite and vega-embed."""
-    return _script(vl_convert.javascript_bundle())
+    return _script(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
 @cache

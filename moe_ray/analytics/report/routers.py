@@ -35,8 +35,8 @@ def router_parts(analysis: Analysis) -> list[Part]:
     mark = {"type": "point", "filled": True, "size": 80, "opacity": 0.9}
     spec = {"width": "container", "height": 220, "data": {"values": values}, "mark": mark, "encoding": encoding}
     text = (
-        f"Of {analysis.tokens:,} held-out tokens at step {analysis.steps[-1]}. Entropies are over those of even choices; "
-        "confidence is the mean of a token's largest probability, the margin its lead over the second."
+        f"Of {analysis.tokens:,} held-out tokens at step {analysis.steps[-1]}. Entropies are over those of even "
+        "choices; confidence is the mean of a token's largest probability, the margin its lead over the second."
     )
     rows = [
         (

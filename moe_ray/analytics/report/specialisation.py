@@ -119,8 +119,8 @@ def _information(specialisations: Sequence[Specialisation]) -> Figure:
         ],
     }
     text = (
-        "Mutual information between expert and label above that of permuted labels, over the entropy of the label: "
-        "0 is chance, 100% tells the label from the expert. A star marks what chance makes in less than 5% of "
+        "Mutual information between expert and label above that of permuted labels, over the entropy of the "
+        "label: 0 is chance, 100% tells the label from the expert. A star marks what chance makes in less than 5% of "
         f"analyses. Bars of a layer from left to right: {', '.join(names)}."
     )
     rows = [
@@ -150,9 +150,9 @@ def _lifts(each: Specialisation) -> list[Part]:
         lifts, best, ("expert", experts), (kind, each.labels), "share over that of all experts", _BRIGHTEST_LIFT
     )
     text = (
-        f"Share of each {kind} in an expert's routing weight, over its share among all experts: 1 is no preference. "
-        f"The layer is chosen below the picture; cells are brightest from {_BRIGHTEST_LIFT:g} on. Permuted for the "
-        f"significance: {each.permuted.rstrip('.')}, {each.permutations} times."
+        f"Share of each {kind} in an expert's routing weight, over its share among all experts: 1 is no "
+        f"preference. The layer is chosen below the picture; cells are brightest from {_BRIGHTEST_LIFT:g} on. "
+        f"Permuted for the significance: {each.permuted.rstrip('.')}, {each.permutations} times."
     )
     rows = [(number, *map(short, row)) for number, row in enumerate(lifts[best].tolist())]
     table = Table(("expert", *each.labels), rows, note=f"Of layer {best}, which knows most of it.")
@@ -200,7 +200,7 @@ def _top_tokens(analysis: Analysis) -> Table:
 
 
 def _tokens(tokens: Sequence[Token]) -> str:
-    return "   ".join(f"{visible(token.text)} ×{token.lift:.1f}" for token in tokens[:_TOKENS_OF_EXPERT])
+    return "   ".join(f"{visible(token.text)} {token.lift:.1f}x" for token in tokens[:_TOKENS_OF_EXPERT])
 
 
 def _place(effect: ExpertEffect) -> str:
