@@ -68,7 +68,7 @@ def _against_dense(cost: Cost) -> Figure:
         "encoding": encoding,
     }
     text = (
-        "Dense models of equal active and of equal total size, over this model; the axis is logarithmic. Attention "
+        "Dense models of equal active and of equal total size over this one; the axis is logarithmic. Attention "
         f"is counted over {cost.context:,} tokens, numbers are in {cost.dtype}."
     )
     columns = [_quantities(model) for model in cost.models]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_ray.analytics.analysis import Analysis, Flow, Links
-from moe_ray.analytics.report.heat import heat_map, heat_map_by_layer
+from moe_ray.analytics.report.heat import clearest_layers, heat_map, heat_map_by_layer
 from moe_ray.analytics.report.parts import Figure, Part, Table
 from moe_ray.analytics.report.spec import COLOURS, short
 
@@ -46,7 +46,7 @@ def _sankey(analysis: Analysis) -> Figure:
     heads = [{"i": i, "name": str(layer)} for i, layer in enumerate(columns)]
     spec = _sankey_spec(nodes, links, heads, len(columns))
     text = (
-        "Tokens from the experts of a layer (its number is above) to those of the next layer with experts; bars are "
+        "Tokens from the experts of a layer, whose number is above, to those of the next one; bars are "
         "as high as the load. The darker a band, the more tokens take it than would if layers chose independently."
     )
     if len(flows) < len(analysis.flows):
@@ -206,13 +206,24 @@ def _co_activation(analysis: Analysis) -> list[Part]:
         for layer in analysis.layers
         if layer.co_activation is not None
     }
-    first = next(iter(lifts))
+    scores = {layer: float(lifts_EE.max()) for layer, lifts_EE in lifts.items()}
+    chosen = clearest_layers(scores, analysis.num_experts**2)
+    lifts = {layer: lifts[layer] for layer in chosen}
     experts = range(analysis.num_experts)
-    spec = heat_map_by_layer(lifts, first, ("expert", experts), ("with expert", experts), "pairs over chance", 2.0)
+    spec = heat_map_by_layer(
+        lifts,
+        max(chosen, key=scores.__getitem__),
+        ("expert", experts),
+        ("with expert", experts),
+        "pairs over chance",
+        2.0,
+    )
     text = (
         "Tokens that chose both experts, over what the load of both would give by chance: 1 is chance. The layer "
         "is chosen below the picture; cells are brightest from 2 on."
     )
+    if len(chosen) < len(scores):
+        text += f" Of {len(scores)} layers, the {len(chosen)} with the clearest pairs can be chosen."
     return [Figure("co-activation", "Experts chosen together", text, spec, _pairs(analysis))]
 
 

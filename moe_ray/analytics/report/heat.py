@@ -9,6 +9,7 @@ from moe_ray.analytics.report.spec import short
 
 _MOST_LABELLED = 260
 _MOST_COLUMNS_LABELLED = 12
+_MOST_CELLS = 60_000
 
 
 def heat_map(
@@ -56,6 +57,12 @@ def heat_map(
         "encoding": encoding,
         "layer": layer,
     }
+
+
+def clearest_layers(scores: Mapping[int, float], cells: int) -> list[int]:
+    """As many layers as a page has room for heat maps of `cells` cells, those of the highest score."""
+    most = max(1, _MOST_CELLS // cells)
+    return sorted(sorted(scores, key=lambda layer: -scores[layer])[:most])
 
 
 def heat_map_by_layer(

@@ -12,7 +12,7 @@ from moe_ray.analytics.report.events import Mark, Restart, marks_of, on_axes, re
 from moe_ray.analytics.report.parts import Sample
 from moe_ray.config import Config, build_config
 from moe_ray.errors import ConfigError
-from moe_ray.storage import open_storage
+from moe_ray.storage import Storage, open_storage
 from moe_ray.telemetry.history import History, read_history
 from moe_ray.telemetry.run_log import EVENTS, METRICS, read_events
 
@@ -73,18 +73,29 @@ def read_run(uri: str) -> Run:
         ConfigError: there is no run.
         StorageError: it cannot be read now.
     """
+    storage, name = open_run(uri)
+    content = storage.read(CONFIG) if storage.exists(CONFIG) else b""
+    settings = _parse(content)
+    history = read_history(storage, most_layers=_layer_rows(settings))
+    marks = marks_of(read_events(storage), history)
+    return Run(name, settings, _config(settings), history, marks, restarts_of(history, marks))
+
+
+def open_run(uri: str) -> tuple[Storage, str]:
+    """The storage of a run, and its name.
+
+    Raises:
+        ConfigError: there is no run.
+        StorageError: it cannot be read now.
+    """
     storage = open_storage(uri)
-    content = storage.read(CONFIG) if storage.exists(CONFIG) else None
-    if content is None and not any(storage.exists(name) for name in (METRICS, EVENTS)):
+    if not any(storage.exists(name) for name in (CONFIG, METRICS, EVENTS)):
         raise ConfigError(
             f"{uri!r} holds no run: it has neither {CONFIG} nor {METRICS}.",
             "give the folder of a run, STORAGE/NAME, or its s3:// or gs:// URI.",
         )
-    settings = _parse(content or b"")
-    history = read_history(storage, most_layers=_layer_rows(settings))
-    marks = marks_of(read_events(storage), history)
-    name = uri.partition("?")[0].rstrip("/").rpartition("/")[2]
-    return Run(name, settings, _config(settings), history, marks, restarts_of(history, marks))
+    base = uri.partition("?")[0] if storage.local is None else str(storage.local)
+    return storage, base.rstrip("/").rpartition("/")[2]
 
 
 def distinct_names(runs: Sequence[Run]) -> list[Run]:

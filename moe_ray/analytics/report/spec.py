@@ -9,9 +9,10 @@ import numpy as np
 
 from moe_ray.analytics.report.events import Mark
 
-# Okabe and Ito (2008), darkest first: told apart with any colour vision. Dashes and shapes do without any.
+# Okabe and Ito (2008), darkest first: told apart with any colour vision. Dashes and shapes do without any; there
+# is one dash less, so that colour and dash together tell 56 lines apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
-DASHES = ((1, 0), (6, 3), (2, 2), (8, 2, 2, 2), (12, 3), (4, 1), (1, 3), (10, 2, 2, 2, 2, 2))
+DASHES = ((1, 0), (6, 3), (2, 2), (8, 2, 2, 2), (12, 3), (4, 1), (1, 3))
 SHAPES = (
     "circle",
     "square",

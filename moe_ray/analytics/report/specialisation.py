@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_ray.analytics.analysis import Analysis, ExpertEffect, LayerSpecialisation, Specialisation, Token
-from moe_ray.analytics.report.heat import heat_map_by_layer
+from moe_ray.analytics.report.heat import clearest_layers, heat_map_by_layer
 from moe_ray.analytics.report.parts import Figure, Missing, Part, Table
 from moe_ray.analytics.report.spec import COLOURS, by_name, short
 
@@ -120,7 +120,7 @@ def _information(specialisations: Sequence[Specialisation]) -> Figure:
     }
     text = (
         "Mutual information between expert and label above that of permuted labels, over the entropy of the "
-        "label: 0 is chance, 100% tells the label from the expert. A star marks what chance makes in less than 5% of "
+        "label: 0 is chance, 100% would tell the label. A star marks what chance makes in less than 5% of "
         f"analyses. Bars of a layer from left to right: {', '.join(names)}."
     )
     rows = [
@@ -143,7 +143,9 @@ def _lifts(each: Specialisation) -> list[Part]:
     if not layers:
         return [Missing(f"Experts by {kind}", "The table of experts and labels was too large to be kept.")]
     base_M = np.maximum(np.array(each.label_shares), 1e-12)
-    lifts = {layer.layer: np.array(layer.shares) / base_M for layer in layers}
+    cells = len(layers[0].shares) * len(base_M)
+    chosen = clearest_layers({layer.layer: layer.excess_bits for layer in layers}, cells)
+    lifts = {layer.layer: np.array(layer.shares) / base_M for layer in layers if layer.layer in chosen}
     best = max(layers, key=lambda layer: layer.excess_bits).layer
     experts = range(len(layers[0].shares))
     spec = heat_map_by_layer(
@@ -154,6 +156,8 @@ def _lifts(each: Specialisation) -> list[Part]:
         f"preference. The layer is chosen below the picture; cells are brightest from {_BRIGHTEST_LIFT:g} on. "
         f"Permuted for the significance: {each.permuted.rstrip('.')}, {each.permutations} times."
     )
+    if len(chosen) < len(layers):
+        text += f" Of {len(layers)} layers, the {len(chosen)} that know most of it can be chosen."
     rows = [(number, *map(short, row)) for number, row in enumerate(lifts[best].tolist())]
     table = Table(("expert", *each.labels), rows, note=f"Of layer {best}, which knows most of it.")
     return [Figure(f"by-{each.kind.replace('_', '-')}", f"Experts by {kind}", text, spec, table)]

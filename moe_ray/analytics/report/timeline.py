@@ -44,8 +44,8 @@ def _timeline(run: Run) -> Figure:
         layers.append({**events, "mark": letter, "encoding": above})
     text = (
         "Logged steps over time, without those that were lost and done again: where the line is flat, nothing "
-        "that lasted was done. Letters: S start, F failure, D notice of a node, R restart asked for, Z change of the "
-        "number of workers, E asked to end, A alert."
+        "that lasted was done. Letters: S start, F failure, D notice of a node, R restart asked for, Z change of "
+        "the number of workers, E asked to end, A alert."
     )
     spec = {"width": "container", "height": 200, "layer": layers}
     rows = [(run.steps[0] if run.steps else None, run.steps[1] if run.steps else None, len(run.restarts))]
