@@ -1,4 +1,4 @@
-"""Runs the steps that `scaling_formulae` predicts, on gloo ranks of one thread each, and counts what they send.
+"""Runs the steps that `step_model` predicts, on gloo ranks of one thread each, and counts what they send.
 
 Shapes: B sequences, S tokens of each.
 """
@@ -19,9 +19,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from scaling_formulae import Hardware, Plan, step_seconds, transfers
 from torch import Tensor
 
+from moe_ray.analytics.step_model import Hardware, Plan, step_seconds, transfers
 from moe_ray.config import Config, DataConfig, TrainConfig
 from moe_ray.cpu import keep_freed_memory
 from moe_ray.data.batches import MicroBatch

@@ -2,15 +2,14 @@
 
 Run `python benchmarks/scaling_model.py jobs/configs/quickstart.yaml model.dim=4096 ...`; each GPU has
 `train.micro_batch` sequences a micro-batch (weak scaling), `parallel` is as configured, `ep` the largest that
-fits. Formulae and their sources: `scaling_formulae.py`.
+fits. Formulae and their sources: `moe_ray/analytics/step_model.py` and `scaling_formulae.py`.
 
 `--check` predicts steps on 1, 2 and 4 gloo ranks of this machine with the same formulae, from rates that are
 measured between the very steps, and prints what was predicted next to what was measured, and bytes next to
 bytes counted.
 
-Profiles: peaks are NVIDIA's data sheets (dense bfloat16), links those of DGX systems less 20% of protocol. The
-efficiency of 40% and the storage of 2 GB/s a node are assumptions; set your own. The default rate of failures
-is that of Llama 3 (Grattafiori et al. 2024, table 5): 419 unexpected interruptions of 2,048 nodes in 54 days,
+Profiles: `moe_ray/analytics/profiles.py`. The default rate of failures is that
+of Llama 3 (Grattafiori et al. 2024, table 5): 419 unexpected interruptions of 2,048 nodes in 54 days,
 one in 6,300 node hours. That counts whatever stops a job, not only broken nodes.
 """
 
@@ -24,16 +23,15 @@ from typing import Any
 
 import torch
 from scaling_check import PLANS, check
-from scaling_formulae import Faults, Hardware, Plan, checkpointing, outlook, step_seconds, transfers
+from scaling_formulae import Faults, checkpointing, outlook
 
+from moe_ray.analytics.profiles import DEVICES, hardware
+from moe_ray.analytics.step_model import Hardware, Plan, step_seconds, transfers
 from moe_ray.config import Config, load_config
 from moe_ray.model_config import divisors
 
 LLAMA3_NODE_HOURS = 2048 * 54 * 24 / 419
-PROFILES = {
-    "h100": Hardware(989e12, 0.4, 3.35e12, 8, 360e9, 40e9, 5e-6, 50e9, 2e9),
-    "a100": Hardware(312e12, 0.4, 2.0e12, 8, 240e9, 20e9, 5e-6, 25e9, 2e9),
-}
+PROFILES = {device.name: hardware(device, "bfloat16") for device in DEVICES if device.ranks_per_node > 1}
 WORLDS = tuple(2**exponent for exponent in range(3, 13))
 
 

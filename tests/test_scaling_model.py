@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from scaling_check import counted_bytes, make_step, predicted_bytes
-from scaling_formulae import Checkpointing, Faults, Plan, checkpointing, outlook, step_seconds, transfers
+from scaling_formulae import Checkpointing, Faults, checkpointing, outlook
 from scaling_model import PROFILES
 
+from moe_ray.analytics.step_model import Plan, step_seconds, transfers
 from moe_ray.model_config import ModelConfig
 from moe_ray.models.transformer import build_model
 from moe_ray.parallel.shard import expert_parameter_names

@@ -14,7 +14,16 @@ FORMAT = 1
 SIGNIFICANT = 0.05
 LabelKind = Literal["domain", "token_class", "position"]
 Question = Literal[
-    "co_activation", "flow", "domain", "token_class", "position", "top_tokens", "drift", "probes", "cost", "speed"
+    "layers",
+    "co_activation",
+    "flow",
+    "domain",
+    "token_class",
+    "position",
+    "top_tokens",
+    "drift",
+    "probes",
+    "speed",
 ]
 
 
@@ -218,7 +227,7 @@ class ExpertEffect(Part):
     Attributes:
         share, control_share: of the routing weight of the measured tokens, with the pattern and without.
         effect: `share` less `control_share`.
-        z: mean over standard error of the differences of the pairs.
+        z: sum over root of the sum of squares of the differences of the pairs.
         p_value: by flipping the signs of pairs, corrected over all experts and layers (max-T, two-sided).
     """
 

@@ -4,11 +4,17 @@ Shapes: N sequences, S tokens of each.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from moe_ray.checkpoint.inference import InferenceModel
+from moe_ray.checkpoint.manifest import TOKENIZER
+from moe_ray.config import Config
 from moe_ray.data.batches import validation_batches
-from moe_ray.data.reader import TokenData
+from moe_ray.data.prepare import prepare
+from moe_ray.data.reader import TokenData, open_data
+from moe_ray.errors import DataError
 
 # A domain with fewer documents is cut into this many parts, or its labels could hardly be permuted.
 MIN_UNITS = 8
@@ -49,3 +55,43 @@ def cut_units(domains_N: np.ndarray, units_N: np.ndarray) -> np.ndarray:
         if len(np.unique(units_N[places])) < MIN_UNITS:
             names[places, 1] = np.arange(len(places)) * MIN_UNITS // len(places)
     return np.unique(names, axis=0, return_inverse=True)[1].reshape(-1)
+
+
+def open_held_out(checkpoint: InferenceModel, data_dir: Path | None) -> TokenData:
+    """The data whose validation split the checkpoint was never trained on, made anew if it is gone.
+
+    Args:
+        data_dir: other prepared data, cut into the model's tokens; None: that of its run.
+
+    Raises:
+        ConfigError: the data do not fit the settings of the run.
+        DataError: there are none, or they are other ones than those of the run, or of another tokenizer.
+        StorageError: they cannot be written.
+    """
+    length = checkpoint.config.data.sequence_length
+    if data_dir is not None:
+        data = open_data(data_dir, length)
+        if data.index.tokenizer_sha256 != checkpoint.tokenizer.digest:
+            raise DataError(
+                f"the data in {str(data_dir)!r} was prepared with another tokenizer.",
+                f"prepare it with data.tokenizer={checkpoint.path / TOKENIZER}.",
+            )
+        return data
+    if not checkpoint.data_digest:
+        raise DataError(
+            f"{checkpoint.path.name!r} has no run whose held-out text it could be.", "give prepared data."
+        )
+    data = open_data(prepare(_as_prepared(checkpoint.config)), length)
+    if data.index.digest != checkpoint.data_digest:
+        raise DataError(
+            f"the data in {str(data.folder)!r} is not what the run was trained on; its sources have changed.",
+            "restore them, or give other prepared data.",
+        )
+    return data
+
+
+def _as_prepared(config: Config) -> Config:
+    """Settings that never make the data at `data.path` anew."""
+    if config.data.path is None:
+        return config
+    return config.model_copy(update={"data": config.data.model_copy(update={"sources": ()})})

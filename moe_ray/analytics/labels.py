@@ -8,7 +8,7 @@ positions, turned. What a document or a domain has in common thus stays in the b
 Shapes: N sequences, S tokens of each, M labels, R permutations.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -55,6 +55,10 @@ class Labels:
     def permutations(self) -> int:
         """R."""
         return len(self.partner_RN)
+
+    def first(self, permutations: int) -> "Labels":
+        """The same with at most so many permutations."""
+        return replace(self, partner_RN=self.partner_RN[:permutations], shift_RN=self.shift_RN[:permutations])
 
     def permuted_ids(self, permutations: slice, sequences: slice) -> np.ndarray:
         """Labels of some sequences in some permutations, int64 [R, N, S] of these."""
