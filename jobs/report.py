@@ -2,9 +2,9 @@
 
 usage: python jobs/report.py RUN [RUN ...] [out=FILE]
 
-RUN is the folder of a run or its s3:// or gs:// URI; one that still trains can be drawn too. The page of one run is
-written into it, or to `out`; several runs are drawn over each other in a page that needs `out`. What is missing,
-such as a checkpoint to analyse, the page says. It needs no network to be read.
+RUN is the folder of a run or its s3:// or gs:// URI; one that still trains can be drawn too. The page of one run
+is written into it, or to `out`; several runs are drawn over each other in a page that needs `out`. What is
+missing, such as a checkpoint to analyse, the page says. It needs no network to be read.
 """
 
 import re
@@ -19,10 +19,11 @@ from moe_ray.analytics.report.page import render
 from moe_ray.analytics.report.parts import Page
 from moe_ray.analytics.report.run import Run, distinct_names, read_run
 from moe_ray.cpu import keep_freed_memory
-from moe_ray.errors import CheckpointError, ConfigError, MoeRayError
+from moe_ray.errors import ConfigError, MoeRayError
 from moe_ray.storage import open_storage
 
 REPORT = "report.html"
+_PROMPT_TOKENS = 1 << 15
 _OPTION = re.compile(r"([A-Za-z_.]+)=(.*)", re.DOTALL)
 
 
@@ -72,8 +73,11 @@ def make_report(runs: Sequence[str], out: str | None = None) -> tuple[Page, str]
         ConfigError: there is no such run.
         StorageError: a run cannot be read, or the page not be written.
     """
-    drawn = [_with_analysis(read_run(uri), uri) for uri in runs]
-    page = run_page(drawn[0]) if len(drawn) == 1 else comparison_page(distinct_names(drawn))
+    drawn = [_with_samples(read_run(uri), uri) for uri in runs]
+    if len(drawn) == 1:
+        page = run_page(_with_analysis(drawn[0], runs[0]))
+    else:
+        page = comparison_page(distinct_names(drawn))
     folder, name = (runs[0], REPORT) if out is None else _split(out)
     storage = open_storage(folder)
     storage.write(name, render(page))
@@ -87,10 +91,22 @@ def _with_analysis(run: Run, uri: str) -> Run:
 
     try:
         return replace(run, analysis=analyse(uri))
-    except CheckpointError as error:
-        return replace(run, why_not=f"There is no checkpoint to analyse: {error.problem}")
     except MoeRayError as error:
-        return replace(run, why_not=f"The checkpoints could not be analysed: {error.problem}")
+        return replace(run, why_not=error.problem)
+
+
+def _with_samples(run: Run, uri: str) -> Run:
+    """The run with texts of its newest checkpoint, continuations of held-out ones."""
+    from moe_ray.analytics.held_out import open_held_out, read_held_out
+    from moe_ray.analytics.report.samples import first_texts, write_samples
+    from moe_ray.checkpoint.inference import load_for_inference
+
+    try:
+        model = load_for_inference(uri)
+        texts = first_texts(read_held_out(open_held_out(model, None), _PROMPT_TOKENS))
+        return replace(run, samples=write_samples(model, texts))
+    except MoeRayError as error:
+        return replace(run, why_not=error.problem)
 
 
 def _split(out: str) -> tuple[str, str]:

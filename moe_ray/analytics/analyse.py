@@ -172,7 +172,9 @@ def _labels(text: _Text, checkpoint: InferenceModel, options: Options, missing: 
         if room >= _MIN_PERMUTATIONS:
             fitting.append(of_kind.first(room))
         else:
-            reason = f"{model.num_experts} experts in {len(model.moe_layers)} layers leave no room for permutations."
+            reason = (
+                f"{model.num_experts} experts in {len(model.moe_layers)} layers leave no room for permutations."
+            )
             missing.append(Missing(question=of_kind.kind, reason=reason))
     return fitting
 

@@ -22,6 +22,7 @@ _FILLS = ("█", "▓", "▒", "░", "▚", "▞", "#", "=", "+")
 _STYLES = ("blue", "dark_orange", "green", "magenta", "yellow", "cyan")
 _LATE_SECONDS = 60.0
 _MOST_EVENTS = 4
+_WIDEST_BAR = 6
 _NO_PHASES = ("step", "restore", "checkpoint_stall", "checkpoint_write")
 
 
@@ -38,7 +39,7 @@ class Frame:
         top = [_head(self.snapshot, width), _progress(self.snapshot, width)]
         events = _events(self.snapshot)
         if newest is None:
-            yield Group(*top, Text("no step is logged yet", style="dim"), events)
+            yield Group(*top, Text("no step is logged yet", style="dim"), *events)
             return
         split = _split(newest, width)
         # What is left after the lines above and below, and the borders.
@@ -125,19 +126,19 @@ def _experts(newest: Mapping[str, Any], width: int, rows: int) -> Table:
         grid.add_row("not logged")
         return grid
     cvs = newest["load_cv_by_layer"]
-    most = max(1, rows - 1)
+    most, room = max(1, rows - 1), max(4, width - 22)
     order = sorted(range(len(loads)), key=lambda layer: -cvs[layer])[:most]
     for layer in sorted(order):
-        load = _grouped([share * len(loads[layer]) for share in loads[layer]], max(4, width - 22))
-        bar = Text()
+        load = _grouped([share * len(loads[layer]) for share in loads[layer]], room)
+        bar, times = Text(), max(1, min(_WIDEST_BAR, room // len(load)))
         for value in load:
-            bar.append(bars([value], 2.0), style=_HEAT[min(len(_HEAT) - 1, int(value / 2 * len(_HEAT)))])
+            bar.append(bars([value], 2.0) * times, style=_HEAT[min(len(_HEAT) - 1, int(value / 2 * len(_HEAT)))])
         dead = newest["dead_experts_by_layer"][layer]
         grid.add_row(f"{layer:>3}", bar, f"cv {cvs[layer]:.2f}" + (f" dead {dead}" if dead else ""))
     note = "full height: twice the fair share"
     if len(order) < len(loads):
         note += f"; the {len(order)} least even of {len(loads)} layers"
-    if len(loads[0]) > max(4, width - 22):
+    if len(loads[0]) > room:
         note += "; each bar is the busiest of neighbouring experts"
     grid.add_row("", Text(note, style="dim", no_wrap=True, overflow="ellipsis"), "")
     return grid

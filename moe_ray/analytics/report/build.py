@@ -27,15 +27,16 @@ _QUESTIONS: dict[Question, str] = {
     "flow": "Flow of tokens",
     "drift": "Drift between checkpoints",
     "probes": "Experts of patterns",
-    "cost": "Cost",
+    "layers": "Routers by layer",
     "speed": "Predicted and measured speed",
 }
 # Sections of what could not be answered.
 _HOMES: dict[Question, str] = {
     **dict.fromkeys(("domain", "token_class", "position", "top_tokens"), "specialisation"),
     **dict.fromkeys(("co_activation", "flow", "drift"), "together"),
-    **dict.fromkeys(("cost", "speed"), "costs"),
+    "layers": "held-out",
     "probes": "patterns",
+    "speed": "costs",
 }
 
 
@@ -103,7 +104,7 @@ def _analysed(run: Run) -> list[Section]:
         Section("patterns", "Patterns", probe_parts(analysis)),
         Section("costs", "Cost", cost_parts(analysis)),
     ]
-    gone = [(_HOMES.get(missing.question, "held-out"), _missing(missing)) for missing in analysis.missing]
+    gone = [(_HOMES[missing.question], _missing(missing)) for missing in analysis.missing]
     whole = [
         Section(section.id, section.title, [*section.parts, *(part for home, part in gone if home == section.id)])
         for section in sections
@@ -112,7 +113,7 @@ def _analysed(run: Run) -> list[Section]:
 
 
 def _missing(missing: Unanswered) -> Part:
-    title = _QUESTIONS.get(missing.question, missing.question.replace("_", " "))
+    title = _QUESTIONS[missing.question]
     return Missing(title, missing.reason)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from moe_ray.analytics.held_out import HeldOut
 from moe_ray.analytics.report.parts import Sample
 from moe_ray.checkpoint.inference import InferenceModel
 from moe_ray.serving.engine.engine import Engine
@@ -10,6 +11,12 @@ from moe_ray.serving.engine.request import Request, SamplingParams
 _PROMPT_TOKENS = 24
 _NEW_TOKENS = 72
 _MOST_SAMPLES = 6
+
+
+def first_texts(held_out: HeldOut) -> dict[str, list[int]]:
+    """Token ids of the first held-out sequence of each domain."""
+    firsts = {int(domain): number for number, domain in reversed(list(enumerate(held_out.domains_N.tolist())))}
+    return {held_out.domains[domain]: held_out.tokens_NS[firsts[domain]].tolist() for domain in sorted(firsts)}
 
 
 def write_samples(model: InferenceModel, texts: Mapping[str, Sequence[int]]) -> list[Sample]:
