@@ -3,10 +3,10 @@
 - FLOPs of a token: those of `ModelConfig.flops_per_token` (training, forward and backward), and forward alone: 2 a
   matmul parameter, and 2 * attended * heads * (key + value width) in each block. A prompt's token attends to half
   of the context on average, a generated one to all of it; windows bound both.
-- Training memory of a rank: `parallel/plan.py`. Activations of a micro-batch are what the backward pass keeps:
-  by token and block the two normalised inputs, queries, keys, values and attention output, the sum of each
-  residual; by routed copy its row, gate and up projection, and hidden units; the logits twice, in float32 (after
-  Korthikanti et al. 2022, without attention scores, which are computed again).
+- Training memory of a rank: `parallel/plan.py`. Activations of a micro-batch are what the backward pass needs,
+  after Korthikanti et al. 2022 without attention scores, which are computed again: by token and block the input of
+  each norm, two normalised inputs, queries, keys, values and attention output; by routed copy its row, gate and up
+  projection, hidden units and result; the logits and their gradient; in bfloat16 copies of all weights.
 - Training step: `step_model.py`. A prompt is bound by FLOPs. A generated token reads all weights that it needs,
   of E experts those that a batch of b tokens meets, E * (1 - (1 - K / E)^b), and its keys and values.
 - The dense model of equal active size has feed-forwards as wide as K experts and the shared ones together, that of
@@ -85,18 +85,19 @@ def forward_flops(model: ModelConfig, attended: float) -> float:
 
 
 def activation_bytes(model: ModelConfig, tokens: int, dtype: Dtype) -> int:
-    """What the backward pass of a micro-batch needs, about."""
-    attention = model.num_heads * (model.qk_dim + model.v_dim) + model.num_kv_heads * (model.qk_dim + model.v_dim)
+    """What a micro-batch of so many tokens has stored when its backward pass begins, to a few percent."""
     gates = 2 if model.is_gated else 1
-    shared = model.num_shared_experts * model.expert_dim
     num_moe = len(model.moe_layers)
-    routed = model.top_k * (2 * model.dim + (gates + 1) * model.expert_dim) + (gates + 1) * shared
+    attention = (model.num_heads + model.num_kv_heads) * (model.qk_dim + model.v_dim)
+    copies = model.top_k * (2 * model.dim + (gates + 1) * model.expert_dim)
+    moe = copies + (gates + 1) * model.num_shared_experts * model.expert_dim
     dense = (gates + 1) * model.dense_dim
-    halves = (
-        model.num_layers * (2 * model.dim + attention) + num_moe * routed + (model.num_layers - num_moe) * dense
-    )
-    floats = 2 * model.num_layers * model.dim + 2 * model.vocab_size
-    return tokens * (_BYTES[dtype] * halves + _FLOAT32 * floats)
+    numbers = model.num_layers * (2 * model.dim + attention) + num_moe * moe + (model.num_layers - num_moe) * dense
+    # Norms work in float32, and under autocast they keep what they made of their input too.
+    is_half = dtype == "bfloat16"
+    floats = (4 if is_half else 2) * model.num_layers * model.dim + 2 * model.vocab_size
+    weights = model.num_params() if is_half else 0
+    return tokens * (_BYTES[dtype] * numbers + _FLOAT32 * floats) + _BYTES[dtype] * weights
 
 
 def kv_cache_bytes(model: ModelConfig, dtype: Dtype) -> int:

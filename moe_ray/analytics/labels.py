@@ -112,5 +112,5 @@ def position_labels(text: HeldOut, permutations: int, seed: int) -> Labels:
     shape = (permutations, num_sequences)
     partner_RN = np.broadcast_to(np.arange(num_sequences), shape)
     shift_RN = generator.integers(length, size=shape)
-    ids_NS = np.broadcast_to(buckets_S, text.tokens_NS.shape)
+    ids_NS = np.tile(buckets_S, (num_sequences, 1))
     return Labels("position", tuple(names), ids_NS, partner_RN, shift_RN, num_sequences)
