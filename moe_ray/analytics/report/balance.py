@@ -14,7 +14,7 @@ from moe_ray.analytics.report.run import Run
 from moe_ray.analytics.report.spec import Series, line_chart, short, was_thinned
 
 _MOST_CELLS = 2_000
-_MOST_CELLS_OVER_TIME = 100_000
+_MOST_CELLS_OVER_TIME = 60_000
 # Of the balanced load: what lies above is as bright as it gets.
 _BRIGHTEST_LOAD = 2.0
 
@@ -89,7 +89,7 @@ def _load_over_time(run: Run, load_MLE: np.ndarray) -> Figure:
     steps = _kept_steps(run)
     starts = [0, *steps[:-1].tolist()]
     columns = [
-        {"l": run.layers[layer], "a": start, "b": end, "v": [short(cell * num_experts) for cell in cells]}
+        {"l": run.layers[layer], "a": start, "b": end, "v": [short(cell * num_experts, 3) for cell in cells]}
         for layer in chosen
         for start, end, cells in zip(starts, steps.tolist(), load_MLE[:, layer].tolist(), strict=True)
     ]

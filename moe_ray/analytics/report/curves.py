@@ -7,6 +7,7 @@ from moe_ray.analytics.report.run import Run
 from moe_ray.analytics.report.spec import Series, line_chart, short, was_thinned
 
 _ROWS = 25
+_MOST_DOMAINS = 12
 
 
 def loss_parts(run: Run) -> list[Part]:
@@ -44,10 +45,14 @@ def _perplexity(run: Run) -> list[Part]:
     if not np.isfinite(whole).any():
         reason = "The run has not evaluated yet: train.eval_every says at which steps it does."
         return [Missing("Held-out perplexity by domain", reason)]
-    domains = [Series(name, steps, values) for name, values in run.history.domains.items()]
+    last = {name: values[np.isfinite(values)] for name, values in run.history.domains.items()}
+    hardest = sorted(last, key=lambda name: -last[name][-1])[:_MOST_DOMAINS]
+    domains = [Series(name, steps, run.history.domains[name]) for name in last if name in hardest]
     lines = [Series("all", steps, whole), *domains] if len(domains) != 1 else domains
     names = ", ".join(line.name for line in domains)
     text = f"Perplexity on held-out text of the domains {names}; the axis is logarithmic."
+    if len(domains) < len(last):
+        text += f" Of {len(last)} domains, these have the highest."
     spec = line_chart(lines, run.axis_marks, run.steps, y_title="perplexity", log=True)
     return [
         Figure("perplexity", "Held-out perplexity by domain", text + was_thinned(lines), spec, series_table(lines))

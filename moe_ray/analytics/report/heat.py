@@ -9,7 +9,10 @@ from moe_ray.analytics.report.spec import short
 
 _MOST_LABELLED = 260
 _MOST_COLUMNS_LABELLED = 12
-_MOST_CELLS = 60_000
+# Of all layers together.
+MOST_CELLS = 30_000
+# More than colours can show.
+_DIGITS = 3
 
 
 def heat_map(
@@ -31,7 +34,7 @@ def heat_map(
         number: format of the numbers.
     """
     rows = [
-        {"y": label, "v": [short(cell) for cell in row]}
+        {"y": label, "v": [short(cell, _DIGITS) for cell in row]}
         for label, row in zip(y[1], values_YX.tolist(), strict=True)
     ]
     columns = [str(label) for label in x[1]]
@@ -61,7 +64,7 @@ def heat_map(
 
 def clearest_layers(scores: Mapping[int, float], cells: int) -> list[int]:
     """As many layers as a page has room for heat maps of `cells` cells, those of the highest score."""
-    most = max(1, _MOST_CELLS // cells)
+    most = max(1, MOST_CELLS // cells)
     return sorted(sorted(scores, key=lambda layer: -scores[layer])[:most])
 
 
@@ -95,7 +98,7 @@ def heat_map_over_time(
     """
     starts = [max(0, int(2 * steps_M[0] - steps_M[1])) if len(steps_M) > 1 else 0, *steps_M[:-1].tolist()]
     columns = [
-        {"a": start, "b": end, "v": [short(cell) for cell in row]}
+        {"a": start, "b": end, "v": [short(cell, _DIGITS) for cell in row]}
         for start, end, row in zip(starts, steps_M.tolist(), values_MY.tolist(), strict=True)
     ]
     return over_time_cells(columns, y, value, top, [])

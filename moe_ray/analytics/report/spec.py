@@ -36,20 +36,20 @@ class Series:
     values: np.ndarray
 
 
-def short(value: float) -> float | None:
-    """With 5 significant digits, which no picture can show; None if it is not finite."""
-    return float(f"{value:.5g}") if math.isfinite(value) else None
+def short(value: float, digits: int = 5) -> float | None:
+    """With so many significant digits that no picture shows more; None if it is not finite."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
 
 
-def thin(series: Series) -> list[dict[str, Any]]:
+def thin(series: Series, most: int = MOST_POINTS) -> list[dict[str, Any]]:
     """Points of a line: all of them, or means of equally many neighbours with their lowest and highest value."""
     known = np.isfinite(series.values)
     steps, values = series.steps[known], series.values[known]
-    if len(steps) <= MOST_POINTS:
+    if len(steps) <= most:
         pairs = zip(steps.tolist(), values.tolist(), strict=True)
         return [{"step": step, "value": short(value), "series": series.name} for step, value in pairs]
     points = []
-    for part in np.array_split(np.arange(len(steps)), MOST_POINTS):
+    for part in np.array_split(np.arange(len(steps)), most):
         step, mean = float(steps[part].mean()), short(values[part].mean())
         low, high = short(values[part].min()), short(values[part].max())
         points.append({"step": step, "value": mean, "low": low, "high": high, "series": series.name})
@@ -59,9 +59,15 @@ def thin(series: Series) -> list[dict[str, Any]]:
 def was_thinned(lines: Sequence[Series]) -> str:
     """A sentence for the reader, if lines have more points than are drawn."""
     most = max((int(np.isfinite(line.values).sum()) for line in lines), default=0)
-    if most <= MOST_POINTS:
+    if most <= points_of(len(lines)):
         return ""
-    return f" Of {most:,} logged steps, each point is the mean of about {most // MOST_POINTS}, with their range."
+    each = most // points_of(len(lines))
+    return f" Of {most:,} logged steps, each point is the mean of about {each}, with their range."
+
+
+def points_of(lines: int) -> int:
+    """Points of each line, which many lines share."""
+    return max(50, min(MOST_POINTS, 4000 // lines))
 
 
 def step_axis(field: str = "step", title: str = "step") -> dict[str, Any]:
@@ -88,7 +94,7 @@ def line_chart(
     height: int = 240,
 ) -> dict[str, Any]:
     """Lines over steps, told apart by colour, dash and, where there are few points, shape."""
-    values = [point for line in lines for point in thin(line)]
+    values = [point for line in lines for point in thin(line, points_of(len(lines)))]
     names = [line.name for line in lines]
     scale = {"type": "log", "nice": False} if log else {"zero": zero}
     y = {"field": "value", "type": "quantitative", "title": y_title, "scale": scale}

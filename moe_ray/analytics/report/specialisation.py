@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_ray.analytics.analysis import Analysis, ExpertEffect, LayerSpecialisation, Specialisation, Token
-from moe_ray.analytics.report.heat import clearest_layers, heat_map_by_layer
+from moe_ray.analytics.report.heat import MOST_CELLS, clearest_layers, heat_map_by_layer
 from moe_ray.analytics.report.parts import Figure, Missing, Part, Table
 from moe_ray.analytics.report.spec import COLOURS, by_name, short
 
@@ -140,8 +140,8 @@ def _information(specialisations: Sequence[Specialisation]) -> Figure:
 def _lifts(each: Specialisation) -> list[Part]:
     layers = [layer for layer in each.layers if layer.shares]
     kind = _KINDS[each.kind]
-    if not layers:
-        return [Missing(f"Experts by {kind}", "The table of experts and labels was too large to be kept.")]
+    if not layers or len(layers[0].shares) * len(each.labels) > MOST_CELLS:
+        return [Missing(f"Experts by {kind}", "The table of experts and labels is too large for a page.")]
     base_M = np.maximum(np.array(each.label_shares), 1e-12)
     cells = len(layers[0].shares) * len(base_M)
     chosen = clearest_layers({layer.layer: layer.excess_bits for layer in layers}, cells)

@@ -10,6 +10,7 @@ from moe_ray.analytics.report.spec import (
     Series,
     by_name,
     line_chart,
+    points_of,
     over_time,
     short,
     step_axis,
@@ -101,7 +102,9 @@ def _split(run: Run) -> Figure:
     assert run.steps is not None
     steps = run.history.column("step")
     lines = [Series(name, steps, values) for name, values in phases(run).items()]
-    values = [point | {"order": order} for order, line in enumerate(lines) for point in thin(line)]
+    values = [
+        point | {"order": order} for order, line in enumerate(lines) for point in thin(line, points_of(len(lines)))
+    ]
     names = [line.name for line in lines]
     colour = {"field": "series", "type": "nominal", "title": None, "scale": by_name(names, COLOURS), "sort": names}
     encoding = {

@@ -8,6 +8,7 @@ from moe_ray.analytics.report.spec import COLOURS
 
 _MOST_POINTS = 500
 _MOST_EVENTS = 300
+_DAY_SECONDS = 86_400
 
 
 def event_parts(run: Run) -> list[Part]:
@@ -29,7 +30,9 @@ def _timeline(run: Run) -> Figure:
         for mark in run.marks[:_MOST_EVENTS]
         if mark.time is not None and mark.kind != "waiting"
     ]
-    x = {"field": "time", "type": "temporal", "title": "UTC", "scale": {"type": "utc"}}
+    is_short = not len(times) or np.nanmax(times) - np.nanmin(times) < _DAY_SECONDS
+    axis = {"format": "%H:%M" if is_short else "%m-%d %H:%M"}
+    x = {"field": "time", "type": "temporal", "title": "UTC", "scale": {"type": "utc"}, "axis": axis}
     y = {"field": "step", "type": "quantitative", "title": "step", "scale": {"zero": True}}
     when = {"field": "time", "type": "temporal", "title": "UTC", "format": "%Y-%m-%d %H:%M:%S"}
     tooltip = [when, {"field": "event", "type": "nominal"}]
