@@ -124,8 +124,8 @@ async def _open(tab: Tab, page: Path, width: int, scheme: str) -> Tab:
     media = [{"name": "prefers-color-scheme", "value": scheme}]
     await tab.call("Emulation.setEmulatedMedia", features=media)
     await tab.call("Page.navigate", url=page.absolute().as_uri())
-    drawn = "new Promise(done => { const look = () => document.body?.dataset.drawn ? done(true) : setTimeout(look, 50); look() })"
-    await asyncio.wait_for(tab.evaluate(drawn), _SECONDS)
+    look = "const look = () => document.body?.dataset.drawn ? done(true) : setTimeout(look, 50); look()"
+    await asyncio.wait_for(tab.evaluate(f"new Promise(done => {{ {look} }})"), _SECONDS)
     return tab
 
 

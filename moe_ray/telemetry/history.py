@@ -68,7 +68,7 @@ def read_history(run: Storage, most_layers: int = 120) -> History:
         StorageError: it cannot be read now.
     """
     with _open_log(run) as file:
-        count = sum(1 for _ in file)
+        count = sum(line.endswith(b"\n") for line in file)
         file.seek(0)
         kept = set(np.linspace(0, max(0, count - 1), min(count, most_layers)).round().astype(int).tolist())
         lines = (parse_metrics(line, loads=number in kept) for number, line in enumerate(file))
