@@ -58,7 +58,7 @@ def write_run(
 ) -> Path:
     """The files of a run that has logged these lines."""
     folder.mkdir(parents=True, exist_ok=True)
-    layers = len(lines[0]["load_by_layer"]) if lines else 2
+    layers = len(lines[0].get("load_by_layer", "12")) if lines else 2
     settings = {"model": {"num_layers": layers}, "optim": {"warmup_steps": 1}, "train": {"steps": steps}}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

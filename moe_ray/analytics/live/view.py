@@ -42,13 +42,13 @@ class Frame:
             yield Group(*top, Text("no step is logged yet", style="dim"), *events)
             return
         split = _split(newest, width)
-        # What is left after the lines above and below, and the borders.
-        room = max(4, height - 14 - len(split) - len(events))
+        # What is left after the lines above, between and below, and the borders.
+        room = max(4, height - 9 - len(split) - len(events))
         curve_rows = max(3, room // 2)
         yield Group(
             *top,
-            Panel(_curves(self.snapshot.records, width - 4, curve_rows), title="loss", title_align="left"),
-            Panel(_experts(newest, width - 4, room - curve_rows), title="load of the experts", title_align="left"),
+            _panel("loss", _curves(self.snapshot.records, width - 4, curve_rows)),
+            _panel("load of the experts", _experts(newest, width - 4, room - curve_rows)),
             _speed(self.snapshot.records, width),
             *split,
             _checkpoint(self.snapshot),
@@ -56,10 +56,17 @@ class Frame:
         )
 
 
+def _panel(title: str, content: Table) -> Panel:
+    """As high as its content; a panel of no given height takes the whole screen."""
+    return Panel(content, title=title, title_align="left", height=content.row_count + 2)
+
+
 def _head(snapshot: Snapshot, width: int) -> Text:
     newest = snapshot.newest
     text = Text(no_wrap=True, overflow="ellipsis")
-    text.append(snapshot.name, style="bold")
+    name = Text(snapshot.name, style="bold")
+    name.truncate(max(8, width - 40), overflow="ellipsis")
+    text.append_text(name)
     if newest is None:
         return text
     text.append(f"  {newest['world_size']} workers, ep={newest['ep']}")
@@ -137,7 +144,7 @@ def _experts(newest: Mapping[str, Any], width: int, rows: int) -> Table:
         grid.add_row(f"{layer:>3}", bar, f"cv {cvs[layer]:.2f}" + (f" dead {dead}" if dead else ""))
     note = "full height: twice the fair share"
     if len(order) < len(loads):
-        note += f"; the {len(order)} least even of {len(loads)} layers"
+        note = f"the {len(order)} least even of {len(loads)} layers; {note}"
     if len(loads[0]) > room:
         note += "; each bar is the busiest of neighbouring experts"
     grid.add_row("", Text(note, style="dim", no_wrap=True, overflow="ellipsis"), "")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_ray.analytics.report.spec import short
+from moe_ray.analytics.report.spec import short, step_axis
 
 _MOST_LABELLED = 260
 _MOST_COLUMNS_LABELLED = 12
@@ -113,9 +113,8 @@ def over_time_cells(
 ) -> dict[str, Any]:
     """The same of columns `{"a": from, "b": to, "v": values}`, of which `filters` choose some."""
     labels = [str(label) for label in y[1]]
-    scale = {"domainMin": {"expr": "from"}, "domainMax": {"expr": "to"}, "nice": False}
     encoding = {
-        "x": {"field": "a", "type": "quantitative", "title": "step", "scale": scale},
+        "x": step_axis("a"),
         "x2": {"field": "b"},
         "y": {"field": "x", "type": "ordinal", "title": y[0], "sort": labels},
         "color": _colour(value, top),

@@ -70,10 +70,10 @@ def points_of(lines: int) -> int:
     return max(50, min(MOST_POINTS, 4000 // lines))
 
 
-def step_axis(field: str = "step", title: str = "step") -> dict[str, Any]:
+def step_axis(field: str = "step") -> dict[str, Any]:
     """The horizontal axis of all charts over time; the page moves `from` and `to` of all of them."""
-    scale = {"domainMin": {"expr": "from"}, "domainMax": {"expr": "to"}, "nice": False}
-    return {"field": field, "type": "quantitative", "title": title, "scale": scale}
+    scale = {"domain": [{"expr": "from"}, {"expr": "to"}], "nice": False}
+    return {"field": field, "type": "quantitative", "title": "step", "scale": scale}
 
 
 def over_time(layers: Sequence[Mapping[str, Any]], marks: Sequence[Mark], steps: tuple[int, int], height: int):
