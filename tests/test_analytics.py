@@ -54,11 +54,11 @@ def test_experts_that_are_the_domains_know_all_of_them() -> None:
     quarter = VOCAB // EXPERTS
     tokens_NS = text.tokens_NS % quarter + quarter * text.domains_N[:, None]
     found = by_domain(planted_model("RangeRouter"), HeldOut(tokens_NS, text.domains, text.domains_N, text.units_N))
-    assert found.label_bits == pytest.approx(math.log2(3))
+    assert found.label_bits == pytest.approx(math.log2(3), abs=1e-5)
     for layer in found.layers:
-        assert layer.bits == pytest.approx(found.label_bits, abs=1e-6)
+        assert layer.bits == pytest.approx(found.label_bits, abs=1e-5)
         assert layer.p_value == pytest.approx(0.01)
-        assert layer.excess_bits == pytest.approx(layer.bits - layer.baseline_bits)
+        assert layer.excess_bits == pytest.approx(layer.bits - layer.baseline_bits, rel=1e-4)
         assert layer.baseline_bits < 0.5
         assert [expert.label for expert in layer.experts] == ["a", "b", "c", None]
         assert all(expert.is_significant and expert.lift == pytest.approx(3) for expert in layer.experts[:3])
@@ -140,10 +140,9 @@ def test_statistics_are_those_of_the_tokens() -> None:
     assert layer.tokens_per_expert == (15, 10, 5, 0)
     assert layer.load_max_over_mean == pytest.approx(2)
     assert (layer.dead_experts, layer.overloaded_experts) == ((3,), ())
-    assert layer.marginal_entropy_bits == pytest.approx(
-        -(0.5 * math.log2(0.5) + math.log2(1 / 3) / 3 + math.log2(1 / 6) / 6)
-    )
-    assert layer.marginal_entropy == pytest.approx(layer.marginal_entropy_bits / 2)
+    bits = -(0.5 * math.log2(0.5) + math.log2(1 / 3) / 3 + math.log2(1 / 6) / 6)
+    assert layer.marginal_entropy_bits == pytest.approx(bits, abs=1e-5)
+    assert layer.marginal_entropy == pytest.approx(layer.marginal_entropy_bits / 2, abs=1e-5)
     assert (layer.token_entropy_bits, layer.confidence, layer.margin) == (0, 1, 1)
     assert (layer.choice_overlap, layer.choice_dependence) == (None, None)
     (flow,) = flows((0, 1), found.pairs)
@@ -152,7 +151,7 @@ def test_statistics_are_those_of_the_tokens() -> None:
         (1, 1, 10),
         (2, 2, 5),
     }
-    assert flow.dependence_bits == pytest.approx(layer.marginal_entropy_bits)
+    assert flow.dependence_bits == pytest.approx(layer.marginal_entropy_bits, abs=1e-5)
     assert [[token_id for token_id, _, _ in expert] for expert in top_token_ids(found.tokens)[0]] == [
         [0, 1],
         [20],

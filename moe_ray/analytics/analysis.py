@@ -8,7 +8,7 @@ all that stand beside them, as their class says. Shapes: E experts, M labels.
 from typing import Literal
 
 from moe_ray.analytics.cost_table import Cost
-from moe_ray.analytics.part import Part
+from moe_ray.analytics.part import Part, Real
 
 FORMAT = 1
 SIGNIFICANT = 0.05
@@ -43,7 +43,7 @@ class Links(Part):
     """
 
     links: tuple[Link, ...]
-    share: float
+    share: Real
 
 
 class Token(Part):
@@ -58,7 +58,7 @@ class Token(Part):
     token_id: int
     text: str
     count: int
-    lift: float
+    lift: Real
 
 
 class LayerStatistics(Part):
@@ -89,21 +89,21 @@ class LayerStatistics(Part):
 
     layer: int
     tokens_per_expert: tuple[int, ...]
-    load: tuple[float, ...]
-    load_variance: float
-    load_cv: float
-    load_max_over_mean: float
-    marginal_entropy_bits: float
-    marginal_entropy: float
-    token_entropy_bits: float
-    token_entropy: float
+    load: tuple[Real, ...]
+    load_variance: Real
+    load_cv: Real
+    load_max_over_mean: Real
+    marginal_entropy_bits: Real
+    marginal_entropy: Real
+    token_entropy_bits: Real
+    token_entropy: Real
     dead_experts: tuple[int, ...]
     overloaded_experts: tuple[int, ...]
-    dropped_fraction: float
-    confidence: float
-    margin: float
-    choice_overlap: float | None
-    choice_dependence: float | None
+    dropped_fraction: Real
+    confidence: Real
+    margin: Real
+    choice_overlap: Real | None
+    choice_dependence: Real | None
     co_activation: Links | None
     top_tokens: tuple[tuple[Token, ...], ...]
 
@@ -120,7 +120,7 @@ class Flow(Part):
     layer: int
     next_layer: int
     links: Links
-    dependence_bits: float
+    dependence_bits: Real
 
 
 class ExpertPreference(Part):
@@ -136,10 +136,10 @@ class ExpertPreference(Part):
 
     expert: int
     label: str | None
-    share: float
-    lift: float
-    z: float
-    p_value: float
+    share: Real
+    lift: Real
+    z: Real
+    p_value: Real
 
     @property
     def is_significant(self) -> bool:
@@ -160,11 +160,11 @@ class LayerSpecialisation(Part):
     """
 
     layer: int
-    bits: float
-    baseline_bits: float
-    excess_bits: float
-    p_value: float
-    shares: tuple[tuple[float, ...], ...]
+    bits: Real
+    baseline_bits: Real
+    excess_bits: Real
+    p_value: Real
+    shares: tuple[tuple[Real, ...], ...]
     experts: tuple[ExpertPreference, ...]
 
     @property
@@ -187,8 +187,8 @@ class Specialisation(Part):
 
     kind: LabelKind
     labels: tuple[str, ...]
-    label_shares: tuple[float, ...]
-    label_bits: float
+    label_shares: tuple[Real, ...]
+    label_bits: Real
     permutations: int
     units: int
     permuted: str
@@ -206,10 +206,10 @@ class LayerDrift(Part):
     """
 
     layer: int
-    changed: float
-    jaccard: float
-    first_changed: float
-    swapped: float | None
+    changed: Real
+    jaccard: Real
+    first_changed: Real
+    swapped: Real | None
 
 
 class Drift(Part):
@@ -233,11 +233,11 @@ class ExpertEffect(Part):
 
     layer: int
     expert: int
-    share: float
-    control_share: float
-    effect: float
-    z: float
-    p_value: float
+    share: Real
+    control_share: Real
+    effect: Real
+    z: Real
+    p_value: Real
 
     @property
     def is_significant(self) -> bool:

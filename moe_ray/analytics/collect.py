@@ -15,8 +15,9 @@ from moe_ray.analytics.routing import RoutingSums
 from moe_ray.models.router import Routing
 from moe_ray.models.transformer import Transformer
 
-# Tokens of a forward pass.
+# Most tokens of a forward pass, and numbers in one of the tables by token and expert of all layers.
 _PIECE_TOKENS = 4096
+_PIECE_NUMBERS = 1 << 24
 Progress = Callable[[int, int], None]
 
 
@@ -93,7 +94,8 @@ def collect_drift(
 def run_pieces(model: Transformer, tokens_NS: np.ndarray) -> Iterator[tuple[slice, tuple[Routing, ...]]]:
     """Routings of the sequences, a few at a time, with which ones they are."""
     device = next(model.parameters()).device
-    step = max(1, _PIECE_TOKENS // tokens_NS.shape[1])
+    room = _PIECE_NUMBERS // (len(model.config.moe_layers) * model.config.num_experts)
+    step = max(1, min(_PIECE_TOKENS, room) // tokens_NS.shape[1])
     for start in range(0, len(tokens_NS), step):
         piece = slice(start, min(start + step, len(tokens_NS)))
         yield piece, model(torch.from_numpy(tokens_NS[piece]).to(device)).routings

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from moe_ray.analytics.part import Part
+from moe_ray.analytics.part import Part, Real
 
 
 class Memory(Part):
@@ -18,11 +18,11 @@ class Memory(Part):
 class Communication(Part):
     """Bytes that leave a rank: of a token in a training step, and of the gradients of a step."""
 
-    dispatch_forward: float
-    combine_forward: float
-    dispatch_backward: float
-    combine_backward: float
-    gradients_per_step: float
+    dispatch_forward: Real
+    combine_forward: Real
+    dispatch_backward: Real
+    combine_backward: Real
+    gradients_per_step: Real
 
 
 class Speed(Part):
@@ -33,9 +33,9 @@ class Speed(Part):
     """
 
     profile: str
-    training: float
-    prefill: float
-    decode: float
+    training: Real
+    prefill: Real
+    decode: Real
     training_bound: str
     prefill_bound: str
     decode_bound: str
@@ -72,19 +72,19 @@ class Profile(Part):
     """
 
     name: str
-    flops: float
-    memory_bandwidth: float
-    network_bandwidth: float
+    flops: Real
+    memory_bandwidth: Real
+    network_bandwidth: Real
     memory: int
-    efficiency: float
+    efficiency: Real
     source: str
 
 
 class Measured(Part):
     """Tokens/s of the run's training, median over its logged steps, and predicted over measured by profile."""
 
-    training: float
-    predicted_over_measured: dict[str, float]
+    training: Real
+    predicted_over_measured: dict[str, Real]
 
 
 class Cost(Part):

@@ -1,6 +1,11 @@
 """The base of everything that an `Analysis` is made of."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+# Six digits are more than any statistic has, and half of what JSON would take for all of them.
+Real = Annotated[float, AfterValidator(lambda value: float(f"{value:.6g}"))]
 
 
 class Part(BaseModel):

@@ -33,7 +33,7 @@ def specialisation(counts: LabelCounts, layers: Sequence[int]) -> Specialisation
     return Specialisation(
         kind=labels.kind,
         labels=labels.names,
-        label_shares=_rounded(totals_M / totals_M.sum()),
+        label_shares=tuple(totals_M / totals_M.sum()),
         label_bits=entropy_bits(totals_M),
         permutations=labels.permutations,
         units=labels.units,
@@ -76,8 +76,4 @@ def _preferences(
 
 
 def _shares(mass_EM: np.ndarray) -> tuple[tuple[float, ...], ...]:
-    return tuple(_rounded(mass_M / max(mass_M.sum(), 1e-30)) for mass_M in mass_EM)
-
-
-def _rounded(values: np.ndarray) -> tuple[float, ...]:
-    return tuple(round(float(value), 4) for value in values)
+    return tuple(tuple(mass_M / max(mass_M.sum(), 1e-30)) for mass_M in mass_EM)
