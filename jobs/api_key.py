@@ -1,5 +1,7 @@
 """Make an API key: prints the key, which is stored nowhere, and the line for serve.api_keys_file.
 
+The line may go on with the key's limits, REQUESTS_PER_MINUTE [TOKENS_PER_MINUTE]: see docs/security.md.
+
 usage: python jobs/api_key.py NAME
 """
 

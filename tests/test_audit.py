@@ -109,3 +109,17 @@ def test_limit_holds_under_concurrency(model, tmp_path):
     with served(model, config, open_access(config, "r1", lambda: 1)) as url, ThreadPoolExecutor(20) as pool:
         answers = pool.map(lambda _: httpx.get(f"{url}/v1/models", headers=headers), range(40))
         assert collections.Counter(answer.status_code for answer in answers) == {200: 2, 429: 38}
+
+
+def test_refused_requests_are_written_down_with_their_route(ask, tmp_path):
+    keys, log = tmp_path / "keys", tmp_path / "audit"
+    keys.write_text(make_key("ann")[1])
+    keys.chmod(0o600)
+
+    def strangers(url):
+        httpx.get(f"{url}/v1/models")
+        httpx.get(f"{url}/v1/nothing")
+
+    assert ask(ServeConfig(audit_log=str(log), api_keys_file=str(keys)), BODY, then=strangers) == [401]
+    found = [(line["route"], line["status"]) for line in lines(log.read_text())]
+    assert found == [("/v1/completions", "401"), ("/v1/models", "401"), ("unknown", "401")]

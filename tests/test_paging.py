@@ -244,7 +244,9 @@ def make_scheduler(pool, max_running=4, prefill_tokens=16, max_blocks=64):
 
 def check_scheduler(scheduler, pool, spans):
     pool.check()
-    assert sum(count for _, _, count in spans if count > 1) <= 16
+    # A text that goes on pauses for as long as a step takes.
+    pauses = any(count == 1 and start + 1 == len(sequence.tokens) for sequence, start, count in spans)
+    assert sum(count for _, _, count in spans if count > 1) <= (16 if pauses else 64)
     assert [span.count > 1 for span in spans] == sorted(span.count > 1 for span in spans)
     for sequence, start, count in spans:
         assert start == sequence.cached

@@ -20,11 +20,9 @@ from moe_ray.data.tokenizer import Tokenizer
 # More domains than this are counted as one.
 MAX_DOMAINS = 16
 _OTHER_DOMAINS = "other domains"
-_PERMUTED: dict[LabelKind, str] = {
-    "domain": "domains of documents",
-    "token_class": "class series between sequences of a document, turned by a random number of places",
-    "position": "position series, turned by a random number of places in each sequence",
-}
+_DOCUMENTS = "domains of documents"
+_SERIES = "class series between sequences of a document, turned by a random number of places"
+_TURNED = "position series, turned by a random number of places in each sequence"
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +34,8 @@ class Labels:
         ids_NS: label of each token, int64.
         partner_RN: in a permutation, the sequence whose labels a sequence has, int64.
         shift_RN: by how many places they are turned, int64.
-        units: what was kept together.
+        units: how many were kept together.
+        permuted: in words, what the permutations do.
     """
 
     kind: LabelKind
@@ -45,11 +44,7 @@ class Labels:
     partner_RN: np.ndarray
     shift_RN: np.ndarray
     units: int
-
-    @property
-    def permuted(self) -> str:
-        """What the permutations do, in words."""
-        return _PERMUTED[self.kind]
+    permuted: str
 
     @property
     def permutations(self) -> int:
@@ -82,7 +77,7 @@ def domain_labels(text: HeldOut, permutations: int, seed: int) -> Labels:
     order_RU = np.argsort(generator.random((permutations, len(first_U))), axis=1)
     partner_RN = first_U[order_RU][:, unit_N.reshape(-1)]
     ids_NS = np.repeat(domains_N[:, None], text.tokens_NS.shape[1], axis=1)
-    return Labels("domain", names, ids_NS, partner_RN, np.zeros_like(partner_RN), len(first_U))
+    return Labels("domain", names, ids_NS, partner_RN, np.zeros_like(partner_RN), len(first_U), _DOCUMENTS)
 
 
 def class_labels(
@@ -97,7 +92,7 @@ def class_labels(
     partner_RN = np.empty((permutations, num_sequences), np.int64)
     partner_RN[:, np.argsort(text.units_N, kind="stable")] = np.argsort(keys_RN, axis=1)
     shift_RN = generator.integers(length, size=partner_RN.shape)
-    return Labels("token_class", CLASSES, ids_NS, partner_RN, shift_RN, len(np.unique(text.units_N)))
+    return Labels("token_class", CLASSES, ids_NS, partner_RN, shift_RN, len(np.unique(text.units_N)), _SERIES)
 
 
 def position_labels(text: HeldOut, permutations: int, seed: int) -> Labels:
@@ -113,4 +108,4 @@ def position_labels(text: HeldOut, permutations: int, seed: int) -> Labels:
     partner_RN = np.broadcast_to(np.arange(num_sequences), shape)
     shift_RN = generator.integers(length, size=shape)
     ids_NS = np.tile(buckets_S, (num_sequences, 1))
-    return Labels("position", tuple(names), ids_NS, partner_RN, shift_RN, num_sequences)
+    return Labels("position", tuple(names), ids_NS, partner_RN, shift_RN, num_sequences, _TURNED)

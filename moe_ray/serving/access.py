@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_ray.errors import RequestError
@@ -72,10 +73,11 @@ def identify(keys: Sequence[ApiKey], authorization: str) -> ApiKey | None:
 class Observer:
     """Gives each request its id; counts it and writes it down when it has ended, however that was."""
 
-    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics, routes: Sequence[BaseRoute] = ()) -> None:
         self._app = app
         self._access = access
         self._metrics = metrics
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application."""
@@ -108,8 +110,7 @@ class Observer:
             self._end(scope, status, usage, time.monotonic() - began, first_seconds)
 
     def _end(self, scope: Scope, status: str, usage: Usage, seconds: float, first_seconds: float | None) -> None:
-        # The path of the route and not of the request, whose variety has no end.
-        route = getattr(scope.get("route"), "path", "unknown")
+        route = self._route_of(scope)
         self._metrics.count(route, status, usage, seconds, first_seconds)
         audit = self._access.audit
         if audit is not None:
@@ -124,6 +125,14 @@ class Observer:
                 "seconds": round(seconds, 4),
             }
             audit.write(fields | ({"prompt": usage.prompt} if audit.with_prompts else {}))
+
+    def _route_of(self, scope: Scope) -> str:
+        """The path of the route and not of the request, whose variety has no end."""
+        if "route" in scope:
+            return scope["route"].path
+        # Refused before a route was looked for.
+        paths = {route.path for route in self._routes if isinstance(route, Route)}
+        return scope["path"] if scope["path"] in paths else "unknown"
 
 
 class Guard:

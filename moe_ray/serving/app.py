@@ -43,7 +43,7 @@ def make_app(service: CompletionService, access: Access | None = None) -> FastAP
     app.add_middleware(Guard, access=access, usage=current_usage)
     app.add_middleware(Crowd, most=service.max_http_requests)
     app.add_middleware(ErrorBoundary)
-    app.add_middleware(Observer, access=access, metrics=metrics)
+    app.add_middleware(Observer, access=access, metrics=metrics, routes=app.routes)
     app.exception_handler(RequestError)(_answer_request_error)
     app.exception_handler(HTTPException)(_answer_http_exception)
     _add_model_routes(app, service)

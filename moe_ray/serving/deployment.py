@@ -1,5 +1,6 @@
 """The Ray Serve deployment: one replica is one engine and its own HTTP ingress."""
 
+import gc
 from typing import Any
 
 import ray
@@ -38,6 +39,8 @@ class LanguageModel:
         if any(key.requests_per_minute or key.tokens_per_minute for key in self._access.keys):
             count.start()
         set_threads(config.cpus_per_replica)
+        # Requests in flight are more objects than the default of 700: each burst would be searched for cycles.
+        gc.set_threshold(20_000)
 
         def load(source: str) -> CompletionService:
             model = load_to_serve(source, config)

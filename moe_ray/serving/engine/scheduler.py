@@ -1,8 +1,9 @@
 """Which tokens go into the next forward pass: continuous batching as pure logic.
 
-Every step takes one token of each text that runs and up to `prefill_tokens` tokens of prompts, so that a long
-prompt never holds up running texts for long. Sequences are ranked: a higher priority first, then whoever came
-first. In that order they get their prompts computed, and in reverse they give way:
+Every step takes one token of each text that goes on and up to `prefill_tokens` tokens of prompts, so that a long
+prompt never holds up texts for long; if none goes on, several times as many. Sequences are ranked: a higher
+priority first, then whoever came first. In that order they get their prompts computed, and in reverse they give
+way:
 
 - When a text grows and no block is free, the lowest of those that run is preempted, which may be itself.
 - A waiting one preempts only those of lower priority, and only if that makes it fit.
@@ -22,6 +23,9 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_ray.serving.engine.blocks import BlockPool, chain_digest
+
+# How many times as many prompt tokens a step takes if no text goes on: weights are read once for all of them.
+_ALONE = 4
 
 
 @dataclass(eq=False)
@@ -78,7 +82,7 @@ class Scheduler:
         block_tokens: tokens of a block.
         max_running: most sequences in one pass.
         max_blocks: most blocks of a sequence.
-        prefill_tokens: most prompt tokens of one step.
+        prefill_tokens: most prompt tokens of one step in which texts go on; four times as many if none does.
         root: digest of no tokens.
 
     Attributes:
@@ -145,7 +149,7 @@ class Scheduler:
         """Spans of the next forward pass, those of one token first; the caller runs them, then calls `advance`."""
         self._grow()
         self._admit()
-        single, longer, budget = [], [], self._prefill_tokens
+        single, longer, budget = [], [], self._budget()
         for sequence in self.running:
             pending = len(sequence.tokens) - sequence.cached
             if pending == 1:
@@ -197,7 +201,7 @@ class Scheduler:
             sequence = self._waiting[0]
             # Of those that still run: some may be preempted meanwhile.
             outranking = (s.num_pending for s in prompts if s.rank < sequence.rank and s.row >= 0)
-            if sum(outranking) >= self._prefill_tokens:
+            if sum(outranking) >= self._budget():
                 return
             usable = self._usable_digests(sequence)
             found = self._pool.find(usable)
@@ -209,6 +213,11 @@ class Scheduler:
             self._start(self._waiting.pop(0), found)
             if sequence.num_pending > 1:
                 prompts.append(sequence)
+
+    def _budget(self) -> int:
+        """Most prompt tokens of the next step: more if no text has to pause for them."""
+        pauses = any(sequence.num_pending == 1 for sequence in self.running)
+        return self._prefill_tokens * (1 if pauses else _ALONE)
 
     def _make_room(self, sequence: Sequence, found: list[int]) -> bool:
         """Whether a waiting sequence fits, after preempting others of lower priority if that makes it."""
