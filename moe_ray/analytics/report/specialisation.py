@@ -7,12 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_ray.analytics.analysis import Analysis, ExpertEffect, LayerSpecialisation, Specialisation, Token
+from moe_ray.analytics.analysis import (
+    Analysis,
+    ExpertEffect,
+    LabelKind,
+    LayerSpecialisation,
+    Specialisation,
+    Token,
+)
 from moe_ray.analytics.report.heat import MOST_CELLS, clearest_layers, heat_map_by_layer
 from moe_ray.analytics.report.parts import Figure, Missing, Part, Table
 from moe_ray.analytics.report.spec import COLOURS, by_name, short
 
-_KINDS = {"domain": "domain", "token_class": "token class", "position": "position"}
 _MOST_PREFERENCES = 60
 _MOST_EXPERTS = 400
 _TOKENS_OF_EXPERT = 8
@@ -93,7 +99,7 @@ def _information(specialisations: Sequence[Specialisation]) -> Figure:
     values = [
         {
             "layer": layer.layer,
-            "kind": _KINDS[each.kind],
+            "kind": _words(each.kind),
             "known": short(layer.excess_bits / each.label_bits if each.label_bits else 0.0),
             "star": "*" if layer.is_significant else "",
             "p": _p(layer.p_value),
@@ -101,7 +107,7 @@ def _information(specialisations: Sequence[Specialisation]) -> Figure:
         for each in specialisations
         for layer in each.layers
     ]
-    names = [_KINDS[each.kind] for each in specialisations]
+    names = [_words(each.kind) for each in specialisations]
     x = {"field": "layer", "type": "ordinal", "axis": {"labelAngle": 0}}
     y = {"field": "known", "type": "quantitative", "title": "known of the label", "axis": {"format": ".1~%"}}
     offset = {"field": "kind", "type": "nominal", "sort": names}
@@ -125,7 +131,7 @@ def _information(specialisations: Sequence[Specialisation]) -> Figure:
     )
     rows = [
         (
-            _KINDS[each.kind],
+            _words(each.kind),
             layer.layer,
             *map(short, (layer.bits, layer.baseline_bits, layer.excess_bits)),
             _p(layer.p_value),
@@ -139,7 +145,7 @@ def _information(specialisations: Sequence[Specialisation]) -> Figure:
 
 def _lifts(each: Specialisation) -> list[Part]:
     layers = [layer for layer in each.layers if layer.shares]
-    kind = _KINDS[each.kind]
+    kind = _words(each.kind)
     if not layers or len(layers[0].shares) * len(each.labels) > MOST_CELLS:
         return [Missing(f"Experts by {kind}", "The table of experts and labels is too large for a page.")]
     base_M = np.maximum(np.array(each.label_shares), 1e-12)
@@ -181,7 +187,7 @@ def _preferences(each: Specialisation) -> Table:
         )
         for layer, expert in found[:_MOST_PREFERENCES]
     ]
-    kind = _KINDS[each.kind]
+    kind = _words(each.kind)
     note = f"{significant} of {len(found)} experts prefer a {kind} significantly (corrected p at most 0.05)."
     if len(found) > len(rows):
         note += f" The {len(rows)} clearest are listed."
@@ -205,6 +211,10 @@ def _top_tokens(analysis: Analysis) -> Table:
 
 def _tokens(tokens: Sequence[Token]) -> str:
     return "   ".join(f"{visible(token.text)} {token.lift:.1f}x" for token in tokens[:_TOKENS_OF_EXPERT])
+
+
+def _words(kind: LabelKind) -> str:
+    return kind.replace("_", " ")
 
 
 def _place(effect: ExpertEffect) -> str:
