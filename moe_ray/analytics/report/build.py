@@ -18,10 +18,8 @@ from moe_ray.analytics.report.specialisation import probe_parts, specialisation_
 from moe_ray.analytics.report.speed import speed_parts
 from moe_ray.analytics.report.timeline import event_parts
 
+# Titles; the other questions ask for experts by a label.
 _QUESTIONS: dict[Question, str] = {
-    "domain": "Experts by domain",
-    "token_class": "Experts by token class",
-    "position": "Experts by position",
     "top_tokens": "Top tokens of experts",
     "co_activation": "Experts chosen together",
     "flow": "Flow of tokens",
@@ -113,7 +111,7 @@ def _analysed(run: Run) -> list[Section]:
 
 
 def _missing(missing: Unanswered) -> Part:
-    title = _QUESTIONS[missing.question]
+    title = _QUESTIONS.get(missing.question, f"Experts by {missing.question.replace('_', ' ')}")
     return Missing(title, missing.reason)
 
 

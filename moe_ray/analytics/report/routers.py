@@ -4,25 +4,25 @@ from moe_ray.analytics.analysis import Analysis
 from moe_ray.analytics.report.parts import Figure, Missing, Part, Table
 from moe_ray.analytics.report.spec import COLOURS, SHAPES, by_name, short
 
-_NUMBERS = {
-    "load_cv": "load CV",
-    "marginal_entropy": "evenness of the experts",
-    "token_entropy": "entropy of a token's router",
-    "confidence": "confidence",
-    "margin": "margin of the first choice",
-    "choice_dependence": "first choice determines second",
-}
+_NUMBERS = (
+    ("load_cv", "load CV"),
+    ("marginal_entropy", "evenness of the experts"),
+    ("token_entropy", "entropy of a token's router"),
+    ("confidence", "confidence"),
+    ("margin", "margin of the first choice"),
+    ("choice_dependence", "first choice determines second"),
+)
 
 
 def router_parts(analysis: Analysis) -> list[Part]:
     """Figure of the section on held-out text."""
     if not analysis.layers:
         return [Missing("Routing of held-out text", "There was no held-out text to route.")]
-    names = list(_NUMBERS.values())
+    names = [name for _, name in _NUMBERS]
     values = [
         {"layer": layer.layer, "what": name, "value": short(value)}
         for layer in analysis.layers
-        for field, name in _NUMBERS.items()
+        for field, name in _NUMBERS
         if (value := getattr(layer, field)) is not None
     ]
     encoding = {
@@ -41,7 +41,7 @@ def router_parts(analysis: Analysis) -> list[Part]:
     rows = [
         (
             layer.layer,
-            *(None if (value := getattr(layer, field)) is None else short(value) for field in _NUMBERS),
+            *(None if (value := getattr(layer, field)) is None else short(value) for field, _ in _NUMBERS),
             short(layer.load_max_over_mean),
             len(layer.dead_experts),
             len(layer.overloaded_experts),
