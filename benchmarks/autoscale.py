@@ -105,6 +105,7 @@ def deploy(model: Path, policy: str, most: int) -> None:
     from ray import serve
     from ray.serve.config import AutoscalingPolicy
 
+    from moe_ray.config import TelemetryConfig
     from moe_ray.serve_config import ServeConfig
     from moe_ray.serving.deployment import LanguageModel, deployment_options
 
@@ -115,7 +116,9 @@ def deploy(model: Path, policy: str, most: int) -> None:
         options["autoscaling_config"] = options["autoscaling_config"].model_copy(update=delays)
     with suppress(KeyError):
         serve.delete(APPLICATION)
-    application = serve.deployment(name="LanguageModel", **options)(LanguageModel).bind(str(model), config)
+    application = serve.deployment(name="LanguageModel", **options)(LanguageModel).bind(
+        str(model), config, TelemetryConfig()
+    )
     serve.run(application, name=APPLICATION, route_prefix="/")
 
 

@@ -3,8 +3,9 @@
 usage: python -m cluster.local start|stop|status [--dir DIR] [--num-cpus N] [--proxy haproxy|plain]
 
 DIR (default runs/cluster) holds what belongs to the cluster: `env`, to be sourced by a shell that uses it, the
-access token and the head's log. Each DIR has a cluster of its own, on ports of its own; `stop` ends all processes
-of that cluster and touches no other. Serve answers through HAProxy where there is one, else through its own proxy.
+access token, the head's log and `targets.json`, which tells Prometheus what to scrape. Each DIR has a cluster of
+its own, on ports of its own; `stop` ends all processes of that cluster and touches no other. Serve answers through
+HAProxy where there is one, else through its own proxy.
 """
 
 import argparse
@@ -35,6 +36,7 @@ DEFAULT_DIR = Path("runs/cluster")
 Proxy = Literal["haproxy", "plain"]
 # Ray's sockets lie below and their paths are limited to some 100 bytes, which TMPDIR may exceed.
 _TEMP_ROOT = Path("/tmp")  # nosec B108
+_RAY_TARGETS = "prom_metrics_service_discovery.json"
 _START_SECONDS = 180.0
 _ANSWER_SECONDS = 60.0
 _GRACE_SECONDS, _KILL_SECONDS = 8.0, 20.0
@@ -51,6 +53,7 @@ class LocalCluster:
         env_file: shell lines that point Ray's command line tools to the running cluster.
         token_file: its access token, readable by its owner only.
         log_file: what `ray start` says.
+        targets_file: Ray's list of what Prometheus is to scrape.
     """
 
     def __init__(self, folder: Path = DEFAULT_DIR) -> None:
@@ -58,6 +61,7 @@ class LocalCluster:
         self.env_file = self._folder / "env"
         self.token_file = self._folder / "token"
         self.log_file = self._folder / "head.log"
+        self.targets_file = self._folder / "targets.json"
         self._state_file = self._folder / "state.json"
         digest = hashlib.sha256(str(self._folder).encode()).hexdigest()[:8]
         self._temp_dir = _TEMP_ROOT / f"moe_ray-{os.getuid()}" / digest
@@ -182,6 +186,7 @@ class LocalCluster:
         self._temp_dir.mkdir(mode=0o700)
         with os.fdopen(os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
+        self.targets_file.symlink_to(self._temp_dir / _RAY_TARGETS)
         ingress = {} if haproxy is None else high_throughput(self._temp_dir / "p", haproxy)
         head = launch(self._temp_dir, self.token_file, self.log_file, num_cpus, ingress)
         self._state_file.write_text(json.dumps(asdict(head), indent=1), encoding="utf-8")
@@ -203,7 +208,7 @@ class LocalCluster:
                 "end them by hand, then stop again.",
             )
         shutil.rmtree(self._temp_dir, ignore_errors=True)
-        for path in (self._state_file, self.env_file, self.token_file):
+        for path in (self._state_file, self.env_file, self.token_file, self.targets_file):
             path.unlink(missing_ok=True)
         return ran
 

@@ -41,7 +41,7 @@ def main(options: argparse.Namespace) -> None:
     from moe_ray.training.chaos.run import run_chaos
     from moe_ray.training.launcher import connect, with_absolute_storage
 
-    setup_logging(config.telemetry.log_level)
+    setup_logging(config.telemetry)
     connect(config.parallel, log_to_driver=False)
     # Ray has just put its own in place; leaving by an exception ends what was started.
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -44,7 +44,7 @@ def main(run_or_checkpoint: str, overrides: list[str]) -> None:
         raise ConfigError(
             f"{run_or_checkpoint!r} has no run whose held-out text it could be.", "set data.sources."
         )
-    setup_logging(checkpoint.config.telemetry.log_level)
+    setup_logging(checkpoint.config.telemetry)
     config = _data_settings(checkpoint, overrides, given)
     data_dir = prepare(config)
     _check_data(checkpoint, data_dir, other_text=is_other_text)

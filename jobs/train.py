@@ -19,7 +19,7 @@ def main(config: Config) -> None:
     # Here, so that a mistake in the settings is answered before torch and Ray are imported.
     from moe_ray.training.launcher import run_training
 
-    setup_logging(config.telemetry.log_level)
+    setup_logging(config.telemetry, run=config.train.name)
     steps = run_training(config)
     if steps < config.train.steps:
         raise TrainingError(

@@ -28,6 +28,7 @@ from moe_ray.section import (
 from moe_ray.serve_config import ServeConfig
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class DataConfig(Section):
@@ -209,7 +210,44 @@ class CheckpointConfig(Section):
 class TelemetryConfig(Section):
     """What the jobs say."""
 
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
+    log_level: LogLevel = Field("info", description="least severe line logged")
+    log_levels: dict[str, LogLevel] = Field(
+        {}, description="the same by module, such as {moe_ray.checkpoint: debug}"
+    )
+    log_format: Literal["text", "json"] = Field("text", description="readable lines, or an object a line")
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
+        (), description="experiment trackers that get what metrics.jsonl gets, each an extra of its name"
+    )
+    project: str = Field("moe_ray", description="MLflow's experiment, and the project in Weights & Biases")
+    tracking_folder: str | None = Field(
+        None, description="folder of what trackers keep on a disk; default: trackers/ in the run's"
+    )
+    mlflow_uri: str | None = Field(None, description="tracking server; default: mlflow.db in that folder")
+    wandb_mode: Literal["offline", "online"] = Field(
+        "offline", description="offline: files in that folder, for `wandb sync`; online: needs WANDB_API_KEY"
+    )
+    alerts: bool = Field(True, description="evaluate the alert rules while training, in the training command")
+    check_seconds: PositiveFloat = Field(5.0, description="time between two evaluations of the alert rules")
+    webhook_file: str | None = Field(
+        None,
+        description="file that holds the URL to which alerts are POSTed as JSON; default: that of the variable "
+        "MOE_RAY_WEBHOOK_URL, if it is set",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.log_levels:
+            if name.split(".")[0] != "moe_ray":
+                raise ConfigError(
+                    f"telemetry.log_levels names {name!r}, which is no module of moe_ray.",
+                    "write for example {moe_ray.checkpoint: debug}.",
+                )
+        if "@" in (self.mlflow_uri or ""):
+            raise ConfigError(
+                "telemetry.mlflow_uri holds a user or password, and settings are written down with each run.",
+                "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead.",
+            )
+        return self
 
 
 class Config(Section):
@@ -237,6 +275,12 @@ class Config(Section):
             raise ConfigError(
                 f"optim.warmup_steps={self.optim.warmup_steps} is not less than train.steps={self.train.steps}.",
                 "lower optim.warmup_steps or raise train.steps.",
+            )
+        needs_folder = set(self.telemetry.trackers) - ({"mlflow"} if self.telemetry.mlflow_uri else set())
+        if needs_folder and self.telemetry.tracking_folder is None and "://" in self.train.storage:
+            raise ConfigError(
+                f"telemetry.trackers={sorted(needs_folder)} keep files, and {self.train.storage!r} is no folder.",
+                "set telemetry.tracking_folder to one that lasts.",
             )
         if not self.model.is_known("max_sequence_length"):
             return self
@@ -397,6 +441,8 @@ def _type_name(annotation: Any) -> str:
         return "|".join(str(value) for value in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"list of {_type_name(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "mapping to {1}".format(*map(_type_name, get_args(annotation)))
     if get_args(annotation):
         return " or ".join(_type_name(part) for part in get_args(annotation))
     return {type(None): "null"}.get(annotation, getattr(annotation, "__name__", str(annotation)))

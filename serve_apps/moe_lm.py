@@ -9,7 +9,7 @@ from ray.serve import Application
 
 from moe_ray.checkpoint.catalog import list_steps
 from moe_ray.checkpoint.inference import check_expert_budget, resolve_source
-from moe_ray.config import build_config
+from moe_ray.config import TelemetryConfig, build_config
 from moe_ray.errors import ConfigError
 from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.api_keys import load_keys
@@ -18,14 +18,15 @@ from moe_ray.serving.engine.engine import check_faithful
 from moe_ray.serving.vllm_folder import check_vllm
 from moe_ray.storage import open_storage
 
-_KEYS = ["checkpoint", *(f"serve.{field}" for field in ServeConfig.model_fields)]
+_LOG_KEYS = [f"telemetry.{field}" for field in TelemetryConfig.model_fields if field.startswith("log_")]
+_KEYS = ["checkpoint", *(f"serve.{field}" for field in ServeConfig.model_fields), *_LOG_KEYS]
 
 
 def build(args: dict[str, str]) -> Application:
     """The application of a checkpoint, or of the newest good one of a run, which all replicas then load.
 
     Args:
-        args: `checkpoint`, and overrides of the run's `serve.*` settings.
+        args: `checkpoint`, and overrides of the run's `serve.*` and `telemetry.log_*` settings.
 
     Raises:
         ConfigError: a key is unknown or a value not allowed.
@@ -52,10 +53,10 @@ def build(args: dict[str, str]) -> Application:
     if config.serve.expert_memory_bytes is not None:
         check_expert_budget(path, config.serve.dtype, config.serve.quantize, config.serve.expert_memory_bytes)
     if not config.serve.follow:
-        return make_application(str(path), config.serve)
+        return make_application(str(path), config.serve, config.telemetry)
     run = open_storage(args["checkpoint"])
     if not list_steps(run):
         raise ConfigError(
             f"serve.follow=true needs a run, and {args['checkpoint']!r} is none.", "set checkpoint=RUN."
         )
-    return make_application(run.uri, config.serve)
+    return make_application(run.uri, config.serve, config.telemetry)

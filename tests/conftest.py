@@ -51,10 +51,12 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class RayCluster:
-    """A running cluster: `address` for `ray.init` or RAY_ADDRESS, `dashboard` for the job API."""
+    """A running cluster: `address` for `ray.init` or RAY_ADDRESS, `dashboard` for the job API,
+    `temp_dir` for the files that Ray writes."""
 
     address: str
     dashboard: str
+    temp_dir: Path
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +81,9 @@ def ray_cluster() -> Iterator[RayCluster]:
             _node_ip_address="127.0.0.1",
             _temp_dir=temp_dir,
             configure_logging=False,
+            _system_config={"metrics_report_interval_ms": 1000},
         )
-        yield RayCluster(context.address_info["gcs_address"], f"http://127.0.0.1:{port}")
+        yield RayCluster(context.address_info["gcs_address"], f"http://127.0.0.1:{port}", Path(temp_dir))
     finally:
         ray.shutdown()
         shutil.rmtree(temp_dir, ignore_errors=True)

@@ -1,5 +1,7 @@
 """Damaged files and full disks."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,20 @@ def fill(folder: Path) -> Path:
 def _write_on(file) -> None:
     while True:
         file.write(bytes(4096))
+
+
+class Disk:
+    """A mounted file system of 16 MB that can be filled up."""
+
+    def __init__(self, mount: Path) -> None:
+        subprocess.run(["mount", "-o", "remount,size=16m", str(mount)], check=True)
+        self._filler = mount / "filler"
+        self._mount = mount
+
+    def fill(self) -> None:
+        free = os.statvfs(self._mount)
+        with self._filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - 100_000)
+
+    def free(self) -> None:
+        self._filler.unlink(missing_ok=True)

@@ -1,7 +1,5 @@
 """Which checkpoints stay, how they move between worlds, what their files hold, what a full disk does to them."""
 
-import os
-import subprocess
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +30,7 @@ from moe_ray.training.loop import Ended, train
 from moe_ray.training.optimizer import build_optimizer
 from moe_ray.training.requests import Request, ask
 from moe_ray.training.step import Trainer
+from tests.damage import Disk
 from tests.tiny import copy_corpus, run, tiny_settings
 from tests.worlds import run_world
 
@@ -257,23 +256,6 @@ def test_snapshots_of_nothing_and_of_one_scalar_are_files_too() -> None:
     assert load_safetensors(take_snapshot({}).numpy().tobytes()) == {}
     scalar = take_snapshot({"step": torch.tensor(3.0)}, take_snapshot({}))
     assert load_safetensors(scalar.numpy().tobytes()) == {"step": torch.tensor(3.0)}
-
-
-class Disk:
-    """A mounted file system of 16 MB that can be filled up."""
-
-    def __init__(self, mount: Path) -> None:
-        subprocess.run(["mount", "-o", "remount,size=16m", str(mount)], check=True)
-        self._filler = mount / "filler"
-        self._mount = mount
-
-    def fill(self) -> None:
-        free = os.statvfs(self._mount)
-        with self._filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - 100_000)
-
-    def free(self) -> None:
-        self._filler.unlink(missing_ok=True)
 
 
 def test_training_goes_on_while_the_disk_is_full(corpus: Path, small_disk: Path) -> None:

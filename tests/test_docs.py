@@ -1,4 +1,4 @@
-"""The commands and snippets of the pages on architectures, routers and lost workers do what the pages say."""
+"""What the commands and snippets of the pages on architectures, routers, logs and lost workers do."""
 
 import os
 import re
@@ -67,6 +67,17 @@ def test_commands_train(page: str, tmp_path: Path) -> None:
     metrics = read_metrics(run_dir)
     assert metrics[-1]["step"] == 12
     assert metrics[-1]["loss"] < metrics[0]["loss"]
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_commands_of_the_page_on_logs_log_and_track(tmp_path: Path) -> None:
+    (tmp_path / "wiki").mkdir()
+    logged, tracked = blocks("logging", "bash")
+    assert '"logger": "moe_ray.training.elastic"' in run_in(tmp_path, logged)
+    run_in(tmp_path, tracked)
+    folder = tmp_path / "runs" / "tracked" / "trackers"
+    assert {path.name for path in folder.iterdir()} == {"tensorboard", "mlflow.db", "wandb"}
 
 
 def test_chaos_of_the_page_fits_its_run() -> None:

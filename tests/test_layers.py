@@ -30,6 +30,7 @@ LAYERS = (
         "moe_ray.telemetry",
         "moe_ray.serving.engine",
     ),
+    ("moe_ray.ray_metrics",),
     ("moe_ray.training", "moe_ray.tuning", "moe_ray.serving"),
     ("jobs", "serve_apps", "cluster"),
 )

@@ -293,7 +293,9 @@ def test_metrics_name_what_experts_do(source, packs):
     config = settings(packs, 9 * record_bytes(source, packs), runner="native")
     engine = build_engine(load_to_serve(source, config), config, 64)
     generate(engine)
-    text = Metrics("r", engine.stats).text().decode()
+    metrics = Metrics("r")
+    metrics.watch(engine.stats)
+    text = metrics.text().decode()
     assert f'moe_serve_expert_hits_total{{replica="r"}} {float(engine.stats().expert_hits)}' in text
     assert "# TYPE moe_serve_expert_bytes_held gauge" in text
     assert "moe_serve_expert_wait_seconds_total" in text

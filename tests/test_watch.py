@@ -1,206 +1,196 @@
-"""The live view of a run: what it reads, what it shows, and how it ends, in a terminal of the test."""
+"""Real training, watched as by its training command: each fault raises its own alert, which resolves."""
 
-import fcntl
-import json
 import os
-import pty
-import select
+import shutil
 import signal
-import struct
-import subprocess
-import sys
-import termios
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rich.console import Console
 
-from jobs.watch import main
-from moe_ray.analytics.live.braille import bars, curve
-from moe_ray.analytics.live.tail import RunTail, Snapshot
-from moe_ray.analytics.live.view import Frame
-from moe_ray.errors import ConfigError
+from moe_ray.config import Config, build_config, load_config
+from moe_ray.data.prepare import prepare
+from moe_ray.parallel.mesh import build_mesh
 from moe_ray.storage import open_storage
-from moe_ray.telemetry.run_log import drop_metrics_after
-from tests.made_runs import START, metrics_line, restarted, write_run
+from moe_ray.telemetry.alerts import Alert
+from moe_ray.telemetry.health import Status
+from moe_ray.telemetry.notify import WEBHOOK_VARIABLE
+from moe_ray.telemetry.run_log import read_events, read_metrics
+from moe_ray.telemetry.watcher import Watcher, training_watcher, watch_training
+from moe_ray.training.loop import train
+from tests.damage import Disk
+from tests.tiny import copy_corpus, rank_main, tiny_settings
+from tests.waiting import until
+from tests.worlds import kill_world, start_world
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def text_of(snapshot: Snapshot, width: int = 100, height: int = 40) -> str:
-    output = StringIO()
-    console = Console(file=output, width=width, height=height, color_system=None)
-    console.print(Frame(snapshot))
-    return output.getvalue()
-
-
-def append(run: Path, *lines: dict) -> None:
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def save(run: Path, step: int) -> None:
-    folder = run / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def test_tail_reads_what_is_new_and_starts_again_after_a_restart(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", [metrics_line(step) for step in (1, 2)])
-    tail = RunTail(open_storage(run), "run")
+class Watch:
+    """A watched run and what was told: rule, state and step."""
 
-    def steps() -> list[int]:
-        return [record["step"] for record in tail.look(START).records]
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.told: list[tuple[str, str, int]] = []
+        self.alerts: list[Alert] = []
+        self.step = 0
+        self.watcher: Watcher = training_watcher(open_storage(config.train.run_uri), config, [self._note])
 
-    assert steps() == [1, 2]
-    with (run / "metrics.jsonl").open("a") as file:
-        line = json.dumps(metrics_line(3))
-        file.write(line[:50])
-        file.flush()
-        assert steps() == [1, 2]
-        file.write(line[50:] + "\n")
-    assert steps() == [1, 2, 3]
-    assert tail.look(START).newest == metrics_line(3)
-    drop_metrics_after(open_storage(run), 1)
-    append(run, metrics_line(2, loss=4.0))
-    assert steps() == [1, 2]
-    assert tail.look(START).records[-1]["loss"] == 4.0
+    def _note(self, alert: Alert) -> None:
+        # What else runs on this machine is not of the run.
+        if alert.rule.component != "host":
+            self.told.append((alert.rule.name, str(alert.state), self.step))
+            self.alerts.append(alert)
 
+    def __call__(self, metrics: dict[str, Any]) -> None:
+        self.step = metrics["step"]
+        self.watcher.round(time.time())
 
-def test_frame_tells_how_a_run_does(tmp_path: Path) -> None:
-    run = restarted(tmp_path / "night")
-    save(run, 12)
-    frame = text_of(RunTail(open_storage(run), "night").look(START + 51))
-    for part in (
-        "night  2 workers, ep=2  training",
-        "step 20/20  100%  ETA 0:00:00",
-        "◆ held-out 5.100 at step 8",
-        "1,000 tokens/s",
-        "█ backward 55%",
-        "checkpoint of step 12, 0:00:09 ago, 8 steps behind",
-        "failure  reason its process or node died",
-    ):
-        assert part in frame
-    assert "silent for" in text_of(RunTail(open_storage(run), "night").look(START + 5000))
-    save(run, 20)
-    assert "finished" in text_of(RunTail(open_storage(run), "night").look(START + 5000))
+    def train(self) -> None:
+        train(self.config, build_mesh(1), prepare(self.config), self)
+        self.watcher.round(time.time())
+
+    def rules(self, state: str) -> list[str]:
+        return [rule for rule, told, _ in self.told if told == state]
 
 
-@pytest.mark.parametrize(("width", "height"), [(40, 15), (80, 24), (200, 60)])
-def test_frame_fits_the_terminal(width: int, height: int, tmp_path: Path) -> None:
-    lines = [metrics_line(step, layers=30, experts=64) for step in range(1, 40)]
-    run = write_run(tmp_path, lines, [{"event": "failure", "time": START, "reason": "a\nb" * 99}])
-    output = StringIO()
-    console = Console(file=output, width=width, height=height, color_system=None)
-    frame = Frame(RunTail(open_storage(run), "x" * 99).look(START))
-    rows = console.render_lines(frame, console.options.update(height=height), pad=False)
-    while rows and not "".join(segment.text for segment in rows[-1]).strip():
-        rows.pop()
-    assert height - 2 <= len(rows) <= height
-    assert all(sum(segment.cell_length for segment in row) <= width for row in rows)
-    assert "least even of 30 layers" in "".join(segment.text for row in rows for segment in row) or width < 80
+def collapses(corpus: Path, storage: Path, weight: float) -> Config:
+    settings = ["train.steps=60", "train.log_every=10", "train.eval_every=60", "optim.lr=2e-2"]
+    settings += ["model.num_experts=8", f"model.load_balancing_loss_weight={weight}"]
+    return build_config(tiny_settings(corpus, storage, f"weight-{weight}"), settings)
 
 
-def test_curve_goes_from_corner_to_corner() -> None:
-    assert curve([(0.0, 1.0), (1.0, 0.0)], 0.0, 1.0, width=2, height=1) == ["⠑⢄"]
-    assert curve([], 0.0, 1.0, width=2, height=1) == ["⠀⠀"]
-    assert bars([0, 1, 2, 9], 2.0) == "▁▅██"
+def check_flagged(watch: Watch) -> None:
+    rule, state, step = watch.told[0]
+    assert (rule, state) == ("ExpertCollapse", "firing")
+    assert step <= 50
+    assert "model.load_balancing_loss_weight" in watch.alerts[0].rule.action
+    assert watch.watcher.health.of("experts") is Status.UNHEALTHY
 
 
-def test_one_frame_where_there_is_no_terminal(storage_uri: str, tmp_path: Path, capsys) -> None:
-    storage = open_storage(storage_uri)
-    for file in restarted(tmp_path / "made").iterdir():
-        storage.write(file.name, file.read_bytes())
-    main([storage_uri, "--once"])
-    assert "step 20/20" in capsys.readouterr().out
+def test_collapse_is_flagged_within_50_steps_and_a_healthy_run_raises_nothing(corpus, tmp_path):
+    collapsing, healthy = (Watch(collapses(corpus, tmp_path, weight)) for weight in (0.0, 0.03))
+    collapsing.train()
+    healthy.train()
+    check_flagged(collapsing)
+    assert healthy.told == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [(["/nowhere/run"], "holds no run"), ([], "0 runs are given"), (["a", "--twice"], "'--twice' is no option")],
-)
-def test_mistakes_are_told(arguments: list[str], problem: str) -> None:
-    with pytest.raises(ConfigError, match=problem):
-        main(arguments)
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_quickstart_raises_nothing_and_without_its_auxiliary_loss_is_flagged(tmp_path, seed):
+    settings = [f"train.storage={tmp_path}", f"data.path={tmp_path / 'data'}", "checkpoint.every=1000"]
+    settings += ["parallel.workers=1", "parallel.ep=1", f"train.seed={seed}"]
+    off = ["train.name=off", "train.steps=50", "model.load_balancing_loss_weight=0"]
+    collapsing = Watch(load_config("jobs/configs/quickstart.yaml", [*settings, *off]))
+    healthy = Watch(load_config("jobs/configs/quickstart.yaml", settings))
+    collapsing.train()
+    healthy.train()
+    check_flagged(collapsing)
+    assert healthy.told == []
 
 
-class Terminal:
-    """`jobs/watch.py` in a terminal, and what it has written."""
+def test_a_full_disk(corpus, small_disk):
+    disk = Disk(small_disk)
+    settings = ["train.steps=16", "checkpoint.every=2", "checkpoint.max_failures=9", "checkpoint.retry_seconds=0"]
+    watch = Watch(build_config(tiny_settings(corpus, small_disk, "run"), settings))
 
-    def __init__(self, run: Path) -> None:
-        self._master, slave = pty.openpty()
-        self.resize(30, 90)
-        command = [sys.executable, "jobs/watch.py", str(run)]
-        environment = os.environ | {"TERM": "xterm-256color", "COLUMNS": "", "LINES": ""}
-        environment = {name: value for name, value in environment.items() if name not in ("COLUMNS", "LINES")}
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
-        )
-        os.close(slave)
-        self.output = ""
+    def report(metrics: dict[str, Any]) -> None:
+        if metrics["step"] == 3:
+            disk.fill()
+        watch(metrics)
+        if metrics["failed_checkpoints"]:
+            disk.free()
 
-    def resize(self, rows: int, columns: int) -> None:
-        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-    def await_text(self, text: str) -> None:
-        """Read until it has written this since the last call."""
-        seen, deadline = "", time.monotonic() + 60
-        while text not in seen:
-            assert time.monotonic() < deadline, f"{text!r} is not in {seen[-2000:]!r}"
-            ready, _, _ = select.select([self._master], [], [], 1.0)
-            if ready:
-                seen += os.read(self._master, 1 << 16).decode(errors="replace")
-        self.output += seen
-
-    def finish(self) -> int:
-        """Exit code, once all that it writes is read."""
-        while True:
-            try:
-                self.output += os.read(self._master, 1 << 16).decode(errors="replace")
-            except OSError:  # the other side is closed
-                return self.process.wait(timeout=60)
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self._master)
+    train(watch.config, build_mesh(1), prepare(watch.config), report)
+    watch.watcher.round(time.time())
+    assert watch.rules("firing") == ["DiskFull", "CheckpointFailing"]
+    assert sorted(watch.rules("resolved")) == ["CheckpointFailing", "DiskFull"]
 
 
-@contextmanager
-def watching(run: Path) -> Iterator[Terminal]:
-    terminal = Terminal(run)
+def test_an_exploding_loss(corpus, tmp_path):
+    def go_on(steps: int, *settings: str) -> Watch:
+        tree = tiny_settings(corpus, tmp_path, "run")
+        watch = Watch(build_config(tree, [f"train.steps={steps}", "optim.clip_norm=100", *settings]))
+        watch.train()
+        return watch
+
+    assert go_on(20).told == []
+    wild = go_on(60, "optim.lr=3.0", "train.max_bad_steps=1000")
+    # Such steps also ruin the router.
+    assert [rule for rule in wild.rules("firing") if rule != "ExpertCollapse"] == ["LossExploding"]
+    assert "LossExploding" not in wild.rules("resolved")
+    # What the alert recommends.
+    for checkpoint in (wild.config.train.run_dir / "checkpoints").iterdir():
+        if int(checkpoint.name.removeprefix("step-")) > 20:
+            shutil.rmtree(checkpoint)
+    mended = go_on(24)
+    assert not mended.watcher.alerts.active()
+
+
+@pytest.mark.slow
+def test_a_stalled_worker(corpus, tmp_path):
+    config = build_config(
+        tiny_settings(corpus, tmp_path, "run"), ["train.steps=100000", "train.eval_every=100000"]
+    )
+    data_dir = prepare(config)
+    config.train.run_dir.mkdir(parents=True)
+    watch = Watch(config)
+    world = start_world(1, rank_main, config, data_dir)
+
+    def told(*expected: tuple[str, str]) -> bool:
+        watch.watcher.round(time.time())
+        return [each[:2] for each in watch.told] == list(expected)
+
     try:
-        yield terminal
+        until(lambda: read_metrics(config.train.run_dir), seconds=60)
+        assert told()
+        os.kill(world[0].pid or 0, signal.SIGSTOP)
+        until(lambda: told(("TrainingStalled", "firing")), seconds=120)
+        os.kill(world[0].pid or 0, signal.SIGCONT)
+        until(lambda: told(("TrainingStalled", "firing"), ("TrainingStalled", "resolved")), seconds=60)
     finally:
-        terminal.close()
+        kill_world(world)
 
 
-def test_follows_a_run_to_its_end(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", [metrics_line(step) for step in (1, 2)])
-    with watching(run) as terminal:
-        terminal.await_text("step 2/20")
-        append(run, metrics_line(3))
-        terminal.await_text("step 3/20")
-        terminal.resize(20, 50)
-        append(run, metrics_line(4))
-        terminal.await_text("step 4/20")
-        append(run, *(metrics_line(step) for step in range(5, 21)))
-        save(run, 20)
-        assert terminal.finish() == 0
-    # The alternate screen is left, and the last frame stays on the normal one.
-    last = terminal.output.rpartition("\x1b[?1049l")[2]
-    assert "finished" in last
-    assert max(len(line) for line in last.splitlines() if "─" in line) < 90
+def test_alerts_become_events_of_the_run(corpus, tmp_path, monkeypatch):
+    monkeypatch.delenv(WEBHOOK_VARIABLE, raising=False)
+    config = collapses(corpus, tmp_path, 0.0)
+    run = open_storage(config.train.run_uri)
+    with watch_training(run, config):
+        train(config, build_mesh(1), prepare(config), lambda metrics: None)
+    events = [event for event in read_events(run) if event.get("component") == "experts"]
+    assert [event["event"] for event in events][:1] == ["alert"]
+    assert events[0]["alert"] == "ExpertCollapse"
+    assert events[0]["labels"] == {"run": config.train.name}
+    off = config.model_copy(update={"telemetry": config.telemetry.model_copy(update={"alerts": False})})
+    with watch_training(run, off):
+        assert not any(thread.name == "watch-training" for thread in threading.enumerate())
 
 
-def test_ctrl_c_is_a_good_end(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", [metrics_line(step) for step in (1, 2)])
-    with watching(run) as terminal:
-        terminal.await_text("step 2/20")
-        os.killpg(terminal.process.pid, signal.SIGINT)
-        assert terminal.finish() == 0
-    assert "Traceback" not in terminal.output
+def test_a_resumed_run_is_watched_from_now_on(corpus, tmp_path):
+    config = collapses(corpus, tmp_path, 0.0)
+    Watch(config).train()
+    later = Watch(config)
+    later.watcher.round(time.time())
+    assert later.told == []
+
+
+def test_storage_that_takes_no_file(corpus, tmp_path):
+    config = build_config(tiny_settings(corpus, tmp_path, "run"))
+    config.train.run_dir.write_text("in the way")
+    watch, now = Watch(config), time.time()
+    for seconds in (0, 21):
+        watch.watcher.round(now + seconds)
+    assert ("StorageUnreachable", "firing") in [told[:2] for told in watch.told]
+    config.train.run_dir.unlink()
+    watch.watcher.round(now + 22)
+    assert ("StorageUnreachable", "resolved") in [told[:2] for told in watch.told]

@@ -88,11 +88,16 @@ class CheckpointWriter:
     Attributes:
         stall_seconds: for how long training stood still for the last checkpoint.
         write_seconds: how long the last one took to become visible.
+        saved_step: of the newest checkpoint.
+        saved_time: Unix time when it became visible, or when this start began if it has saved none yet.
         problem: why the last one failed, on a rank where it did.
     """
 
-    def __init__(self, origin: Origin, mesh: Mesh, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self, origin: Origin, mesh: Mesh, model: Transformer, optimizer: torch.optim.Optimizer, saved_step: int = 0
+    ) -> None:
         self.stall_seconds = self.write_seconds = 0.0
+        self.saved_step, self.saved_time = saved_step, time.time()
         self.problem: BaseException | None = None
         self._origin = origin
         self._mesh = mesh
@@ -185,7 +190,9 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         assert pending is not None
         self.write_seconds = time.perf_counter() - pending.began
-        if outcome is Outcome.FAILED and self._mesh.rank == 0:
+        if outcome is Outcome.SAVED:
+            self.saved_step, self.saved_time = pending.step, time.time()
+        elif self._mesh.rank == 0:
             self._thread.submit(self._discard, pending.step)
         return outcome
 

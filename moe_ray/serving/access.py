@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -34,18 +34,16 @@ class Access:
 
     Attributes:
         keys: none: anybody may.
-        replica: what its metrics are labelled with.
         count_replicas: how many share the limits of the keys now.
         answers_id: whether answers get the request id here; Ray Serve adds it itself.
-        counts: objects whose numbers /metrics shows beside the engine's.
+        metrics: where requests are counted.
     """
 
     keys: tuple[ApiKey, ...] = ()
     audit: AuditLog | None = None
-    replica: str = "local"
     count_replicas: Callable[[], int] = lambda: 1
     answers_id: bool = True
-    counts: "tuple[DataclassInstance, ...]" = ()
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 def open_access(
@@ -57,11 +55,15 @@ def open_access(
 ) -> Access:
     """The access that the settings give.
 
+    Args:
+        replica: what its metrics are labelled with.
+        counts: objects whose numbers /metrics shows beside the engine's.
+
     Raises:
         ConfigError: the keys cannot be read, or the audit log not be written.
     """
     audit = None if config.audit_log is None else AuditLog(config.audit_log, config.audit_prompts)
-    return Access(load_keys(config.api_keys_file), audit, replica, count_replicas, answers_id, counts)
+    return Access(load_keys(config.api_keys_file), audit, count_replicas, answers_id, Metrics(replica, counts))
 
 
 def identify(keys: Sequence[ApiKey], authorization: str) -> ApiKey | None:
@@ -73,10 +75,9 @@ def identify(keys: Sequence[ApiKey], authorization: str) -> ApiKey | None:
 class Observer:
     """Gives each request its id; counts it and writes it down when it has ended, however that was."""
 
-    def __init__(self, app: ASGIApp, access: Access, metrics: Metrics, routes: Sequence[BaseRoute] = ()) -> None:
+    def __init__(self, app: ASGIApp, access: Access, routes: Sequence[BaseRoute] = ()) -> None:
         self._app = app
         self._access = access
-        self._metrics = metrics
         self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -111,7 +112,7 @@ class Observer:
 
     def _end(self, scope: Scope, status: str, usage: Usage, seconds: float, first_seconds: float | None) -> None:
         route = self._route_of(scope)
-        self._metrics.count(route, status, usage, seconds, first_seconds)
+        self._access.metrics.count(route, status, usage, seconds, first_seconds)
         audit = self._access.audit
         if audit is not None:
             fields = {

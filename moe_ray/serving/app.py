@@ -36,18 +36,18 @@ _logger = logging.getLogger(__name__)
 def make_app(service: CompletionService, access: Access | None = None) -> FastAPI:
     """The ASGI application that serves a model; without an access to anybody, as in tests."""
     access = access or Access()
-    metrics = Metrics(access.replica, service.stats, access.counts)
+    access.metrics.watch(service.stats)
     app = FastAPI(title="moe_ray", docs_url=None, redoc_url=None, redirect_slashes=False)
     # Each goes around those before it.
     app.add_middleware(Shortcut, routes=app.routes)
     app.add_middleware(Guard, access=access, usage=current_usage)
     app.add_middleware(Crowd, most=service.max_http_requests)
     app.add_middleware(ErrorBoundary)
-    app.add_middleware(Observer, access=access, metrics=metrics, routes=app.routes)
+    app.add_middleware(Observer, access=access, routes=app.routes)
     app.exception_handler(RequestError)(_answer_request_error)
     app.exception_handler(HTTPException)(_answer_http_exception)
     _add_model_routes(app, service)
-    _add_health_routes(app, service, metrics)
+    _add_health_routes(app, service, access.metrics)
 
     @app.post("/v1/completions", **describe(CompletionRequest, Completion, Completion))
     async def complete(request: Request) -> Response:

@@ -1,6 +1,7 @@
 """The Ray Serve deployment: one replica is one engine and its own HTTP ingress."""
 
 import gc
+import logging
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 from starlette.types import ASGIApp
 
+from moe_ray.config import TelemetryConfig
 from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.access import open_access
@@ -21,16 +23,22 @@ from moe_ray.serving.autoscaling import make_autoscaling_config, max_ongoing_req
 from moe_ray.serving.completions import CompletionService
 from moe_ray.serving.follow import Follower
 from moe_ray.serving.load_to_serve import load_to_serve
+from moe_ray.serving.ray_reporter import RayReporter
 from moe_ray.serving.replica_count import ReplicaCount
+from moe_ray.serving.usage import request_fields
+from moe_ray.telemetry.logs import setup_logging
+
+_logger = logging.getLogger(__name__)
 
 
 @serve.ingress()
 class LanguageModel:
     """Loads a checkpoint and answers the routes of `serving.app` with it."""
 
-    def __init__(self, checkpoint: str, config: ServeConfig) -> None:
+    def __init__(self, checkpoint: str, config: ServeConfig, telemetry: TelemetryConfig) -> None:
         # Before the model, which takes longer. Serve adds the request id to all answers.
         replica = serve.get_replica_context().replica_tag
+        setup_logging(telemetry, request_fields, replica=replica, job=ray.get_runtime_context().get_job_id())
         count = ReplicaCount(config.max_replicas)
         self._config, self._replica = config, replica
         self._membership: Membership | None = None
@@ -56,6 +64,8 @@ class LanguageModel:
         else:
             self._service = load(checkpoint)
             self._app = make(self._service)
+        self._reporter = RayReporter(self._access.metrics)
+        _logger.info("serving %s", checkpoint)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve after the constructor, in the event loop of requests."""
@@ -82,18 +92,21 @@ class LanguageModel:
         membership: Membership | None = getattr(self, "_membership", None)
         if membership:
             await membership.end()
+        if hasattr(self, "_reporter"):
+            self._reporter.close()
         if hasattr(self, "_service"):
             self._service.close()
 
 
-def make_application(checkpoint: str, config: ServeConfig) -> Application:
+def make_application(checkpoint: str, config: ServeConfig, telemetry: TelemetryConfig) -> Application:
     """The Serve application of a checkpoint.
 
     Args:
         checkpoint: absolute path or address that every node can read; of a run if config.follow.
+        telemetry: how replicas log.
     """
     return serve.deployment(name="LanguageModel", **deployment_options(config))(LanguageModel).bind(
-        checkpoint, config
+        checkpoint, config, telemetry
     )
 
 

@@ -45,3 +45,8 @@ def begin_usage(request_id: str) -> Usage:
     usage = Usage(request_id)
     _current.set(usage)
     return usage
+
+
+def request_fields() -> dict[str, str | None]:
+    """What log lines say of the request that they are about."""
+    return {"request": current_usage().request_id or None}

@@ -22,8 +22,8 @@ class Metric:
         labels: every series has exactly these.
         series: most series that one process reports; what exceeds them is left out and said once in the log.
         buckets: upper bounds of a histogram.
-        source: what reports it. `train`: rank 0 of a run; `driver`: the process of the job; `serve`: a replica;
-            `monitor`: the exporter, which runs outside Ray as well.
+        source: what reports it. `train`: rank 0 of a run; `driver`: Ray Train's controller, which
+            outlives the workers; `serve`: a replica; `monitor`: the exporter, which runs outside Ray as well.
     """
 
     name: str
@@ -74,6 +74,7 @@ _TRAIN = (
     _train("train_phase_seconds", "seconds", "Exclusive time of a phase of the logged step.", "phase", series=16),
     _train("train_skipped_steps", "steps", "Steps skipped because they were not finite.", kind="counter"),
     _train("train_last_step_time", "unix seconds", "When the last logged step ended."),
+    _train("train_log_seconds", "seconds", "Usual time between logged steps: train.log_every times the step's."),
     _train("train_world_size", "", "Workers that train."),
     _train("train_ep", "", "Ranks that share one set of experts."),
     _train("train_memory_bytes", "bytes", "Memory of rank 0: GPU peak, or resident memory on a CPU."),
@@ -91,6 +92,13 @@ _TRAIN = (
 _EXPERTS = (
     _train("expert_load", "ratio", "Load of an expert over the balanced one.", "layer", "expert", series=8192),
     _train("expert_load_cv", "ratio", "Coefficient of variation of the load.", "layer", series=256),
+    _train(
+        "expert_collapse",
+        "ratio",
+        "Load imbalance of ten steps over the largest one.",
+        "layer",
+        series=256,
+    ),
     _train("expert_load_variance", "", "Variance of the load fractions.", "layer", series=256),
     _train(
         "expert_routing_entropy", "ratio", "Entropy of the router over that of even ones.", "layer", series=256
@@ -100,14 +108,13 @@ _EXPERTS = (
 )
 _CHECKPOINT = (
     _train("checkpoint_last_step", "steps", "Step of the newest checkpoint."),
-    _train("checkpoint_last_time", "unix seconds", "When the newest checkpoint became visible."),
+    _train(
+        "checkpoint_last_time", "unix seconds", "When the newest checkpoint became visible, or this start began."
+    ),
     _train("checkpoint_stall_seconds", "seconds", "How long the last one held up training."),
     _train("checkpoint_write_seconds", "seconds", "How long the last one took to become visible."),
+    _train("checkpoint_due_seconds", "seconds", "Usual time between checkpoints: checkpoint.every steps."),
     _train("checkpoint_failures", "", "Checkpoints in a row that could not be written."),
-)
-_SWEEP = (
-    Metric("moe_sweep_trials", "gauge", "", "Trials by state.", "driver", ("sweep", "state"), 8),
-    Metric("moe_sweep_best", "gauge", "", "Best value of the objective so far.", "driver", ("sweep", "objective")),
 )
 _SERVE = (
     _serve("http_requests", "requests", "Answered requests.", "route", "status", "key", series=2000),
@@ -169,6 +176,7 @@ _CLUSTER = (
     _monitor("cluster_nodes_lost", "", "Nodes that have died without being drained since the monitor's start."),
     _monitor("cluster_replicas", "", "Replicas of a Serve deployment by state.", "app", "state", series=64),
     _monitor("cluster_replicas_wanted", "", "Replicas that autoscaling wants.", "app", series=16),
+    _monitor("cluster_replicas_lost", "", "Replicas that have died since the monitor's start.", "app", series=16),
     _monitor("cluster_ready", "", "1 if the endpoint's /readyz answers, else 0.", "app", series=16),
 )
 _HOST = (
@@ -192,6 +200,6 @@ _HEALTH = (
 
 CATALOGUE: dict[str, Metric] = {
     metric.name: metric
-    for metrics in (_TRAIN, _EXPERTS, _CHECKPOINT, _SWEEP, _SERVE, _CACHE, _CLUSTER, _HOST, _HEALTH)
+    for metrics in (_TRAIN, _EXPERTS, _CHECKPOINT, _SERVE, _CACHE, _CLUSTER, _HOST, _HEALTH)
     for metric in metrics
 }

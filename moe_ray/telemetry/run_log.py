@@ -1,5 +1,7 @@
-"""The logs of a run, one JSON object a line: `metrics.jsonl`, a logged step each, continuous over restarts, and
-`events.jsonl`, what happened to its workers.
+"""The logs of a run, one JSON object a line: `metrics.jsonl`, a logged step each, continuous over restarts,
+`events.jsonl`, what happened to its workers, and `alerts.jsonl`, which alerts it raised.
+
+Each has one process that writes it: an object store knows no appending by two.
 """
 
 import json
@@ -17,6 +19,7 @@ from moe_ray.storage import Storage, open_storage
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+ALERTS = "alerts.jsonl"
 _UPLOAD_SECONDS = 5.0
 _logger = logging.getLogger(__name__)
 
@@ -92,14 +95,60 @@ class RunLog:
         return self._upload is not None and not self._upload.done()
 
 
+class LogTail:
+    """Reads what was added to a log of a run since the last time.
+
+    What a resumed run drops and writes anew, the file being another one then, is told again.
+    """
+
+    def __init__(self, run: Storage, name: str) -> None:
+        self._run = run
+        self._name = name
+        self._file = (0, 0)
+        self._offset = 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """Whole records since the last call.
+
+        Raises:
+            StorageError: the storage cannot be read now.
+        """
+        content = self._read()
+        end = content.rfind(b"\n") + 1
+        self._offset += end
+        parsed = (_parse(line) for line in content[:end].decode(errors="replace").splitlines())
+        return [record for record in parsed if record is not None]
+
+    def _read(self) -> bytes:
+        if self._run.local is None:
+            content = _read(self._run, self._name)
+            if len(content) < self._offset:
+                self._offset = 0
+            return content[self._offset :]
+        try:
+            with (self._run.local / self._name).open("rb") as file:
+                status = os.fstat(file.fileno())
+                if (status.st_dev, status.st_ino) != self._file or status.st_size < self._offset:
+                    self._file, self._offset = (status.st_dev, status.st_ino), 0
+                file.seek(self._offset)
+                return file.read()
+        except FileNotFoundError:
+            return b""
+        except OSError as error:
+            raise StorageError(
+                f"{self._name} of {self._run.uri!r} cannot be read: {error.strerror}.", "mend the storage."
+            ) from None
+
+
 def read_metrics(run: Path | Storage) -> list[dict[str, Any]]:
     """All whole lines of a run, without those that a crash left unfinished or damaged."""
     return [metrics for metrics in _records(run, METRICS) if isinstance(metrics.get("step"), int)]
 
 
 def read_events(run: Path | Storage) -> list[dict[str, Any]]:
-    """What happened to the workers of a run, oldest first."""
-    return [event for event in _records(run, EVENTS) if "event" in event]
+    """What happened to the workers of a run, and its alerts, oldest first."""
+    events = [event for name in (EVENTS, ALERTS) for event in _records(run, name) if "event" in event]
+    return sorted(events, key=lambda event: event.get("time", 0.0))
 
 
 def drop_metrics_after(run: Storage, step: int) -> None:

@@ -35,9 +35,12 @@ from moe_ray.checkpoint.catalog import list_steps
 from moe_ray.config import Config, build_config
 from moe_ray.errors import MoeRayError, StorageError, TrainingError
 from moe_ray.parallel.plan import best_world
+from moe_ray.ray_metrics import RayMetrics
 from moe_ray.storage import open_storage
 from moe_ray.telemetry.logs import setup_logging
-from moe_ray.telemetry.run_log import EVENTS, RunLog
+from moe_ray.telemetry.run_log import EVENTS as EVENTS_LOG
+from moe_ray.telemetry.run_log import RunLog
+from moe_ray.telemetry.samples import EVENTS, event_sample
 from moe_ray.training.cluster_view import count_slots, draining_nodes
 from moe_ray.training.failures import our_error, root_causes
 from moe_ray.training.requests import Request, ask, restart_on_sigterm
@@ -60,10 +63,13 @@ _BUGS = (
 
 
 class Events:
-    """What happened to the workers of a run, as lines of its events.jsonl and of the log."""
+    """What happened to the workers of a run, as lines of its events.jsonl and of the log, and as counters."""
 
     def __init__(self, config: Config) -> None:
-        self._log = RunLog(open_storage(config.train.run_uri, config.checkpoint.retry_seconds), EVENTS)
+        self._log = RunLog(open_storage(config.train.run_uri, config.checkpoint.retry_seconds), EVENTS_LOG)
+        self._run = config.train.name
+        self._metrics = RayMetrics()
+        self._metrics.send(event_sample(self._run, event, times=0) for event in EVENTS)
 
     def add(self, event: str, text: str, **details: Any) -> None:
         """Note an event.
@@ -75,6 +81,7 @@ class Events:
         """
         _logger.info("%s", text)
         self._log.append({"event": event, "time": time.time(), **details})
+        self._metrics.send([event_sample(self._run, event)])
 
 
 class WorldPolicy(ElasticScalingPolicy):
@@ -231,7 +238,7 @@ class ElasticController(TrainController):
         self, *, settings: dict[str, Any], train_run_context: Any, callbacks: list[Any], **rest: Any
     ) -> None:
         config = build_config(settings)
-        setup_logging(config.telemetry.log_level)
+        setup_logging(config.telemetry, run=config.train.name, job=ray.get_runtime_context().get_job_id())
         self._settings = config
         self._events = Events(config)
         self._policy = WorldPolicy(

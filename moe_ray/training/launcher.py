@@ -4,6 +4,8 @@ import logging
 import math
 import os
 import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +27,14 @@ from moe_ray.models.hf.resolve import resolve_model
 from moe_ray.models.moe import make_router
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.parallel.plan import describe, plan_mesh, worker_memory
+from moe_ray.ray_metrics import RayMetrics
 from moe_ray.storage import Storage, open_storage
 from moe_ray.storage.lease import fence, hold
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.progress import show_progress
+from moe_ray.telemetry.samples import training_samples
+from moe_ray.telemetry.trackers.follow import check_trackers, follow_run
+from moe_ray.telemetry.watcher import watch_training
 from moe_ray.training.failures import as_our_error
 from moe_ray.training.loop import Ended, train
 from moe_ray.training.resume import check_data, check_settings
@@ -48,6 +54,7 @@ def run_training(config: Config) -> int:
     """
     config = resolve_model(with_absolute_storage(config))
     _check_router(config.model)
+    check_trackers(config)
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
     with hold(run) as lease:
         return _run(config, run, lease.token)
@@ -68,7 +75,11 @@ def _run(config: Config, run: Storage, lease: str) -> int:
     run.write("config.yaml", to_yaml(config).encode())
     _set_ray_train_defaults(config.parallel)
     connect(config.parallel)
-    with show_progress(run, config.train.steps), tempfile.TemporaryDirectory(prefix="moe_ray-train-") as scratch:
+    with (
+        show_progress(run, config.train.steps),
+        watch_training(run, config),
+        tempfile.TemporaryDirectory(prefix="moe_ray-train-") as scratch,
+    ):
         try:
             return _trainer(config, data_dir, lease, scratch).fit().return_value.step  # ty: ignore
         except TrainingFailedError as error:
@@ -168,12 +179,17 @@ def _trainer(config: Config, data_dir: Path, lease: str, scratch: str) -> Elasti
 def _worker(arguments: dict[str, Any]) -> Ended:
     """What each Ray Train worker runs."""
     config = build_config(arguments["config"])
-    setup_logging(config.telemetry.log_level)
     keep_freed_memory()
     set_threads(config.parallel.cpus_per_worker)
     device = get_device() if config.parallel.use_gpu else torch.device("cpu")
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
     context = ray.train.get_context()
+    setup_logging(
+        config.telemetry,
+        run=config.train.name,
+        rank=context.get_world_rank(),
+        job=ray.get_runtime_context().get_job_id(),
+    )
     memory = _worker_memory(config.parallel, device, context.get_local_world_size())
     plan = plan_mesh(config, context.get_world_size(), memory)
     if context.get_world_rank() == 0:
@@ -183,7 +199,10 @@ def _worker(arguments: dict[str, Any]) -> Ended:
     if run.local is None:
         store = open_storage(config.train.storage, config.checkpoint.retry_seconds)
         data_dir = obtain(data_dir, arguments["data_digest"], store)
-    return train(config, mesh, data_dir, _report, lambda: fence(run, arguments["lease"]))
+    is_first = context.get_world_rank() == 0
+    with follow_run(config, run) if is_first else nullcontext() as track:
+        report = _reporter(config, track)
+        return train(config, mesh, data_dir, report, lambda: fence(run, arguments["lease"]))
 
 
 def _worker_memory(parallel: ParallelConfig, device: torch.device, local_world: int) -> int | None:
@@ -196,9 +215,22 @@ def _worker_memory(parallel: ParallelConfig, device: torch.device, local_world: 
     return int(memory) or None
 
 
-def _report(metrics: dict[str, Any]) -> None:
-    """Ray Train keeps numbers; what is by layer stands in metrics.jsonl."""
-    ray.train.report({name: value for name, value in metrics.items() if isinstance(value, int | float)})
+def _reporter(config: Config, track: Callable[[dict[str, Any]], None] | None) -> Callable[[dict[str, Any]], None]:
+    """What is done with each record.
+
+    Args:
+        track: hands it to the trackers, on rank 0; None on others.
+    """
+    ray_metrics = RayMetrics()
+
+    def report(metrics: dict[str, Any]) -> None:
+        if track is not None:
+            ray_metrics.send(training_samples(metrics, config))
+            track(metrics)
+        # Ray Train keeps numbers; what is by layer stands in metrics.jsonl.
+        ray.train.report({name: value for name, value in metrics.items() if isinstance(value, int | float)})
+
+    return report
 
 
 def with_absolute_storage(config: Config) -> Config:

@@ -23,9 +23,18 @@ from moe_ray.parallel.mesh import Mesh
 from moe_ray.parallel.shard import build_sharded_model
 from moe_ray.storage import Storage, open_storage
 from moe_ray.telemetry.clock import PhaseClock
-from moe_ray.telemetry.run_log import RunLog
+from moe_ray.telemetry.logs import set_log_fields
+from moe_ray.telemetry.run_log import RunLog, read_metrics
 from moe_ray.training.held_out import held_out_batches, validation_metrics
-from moe_ray.training.measure import Interval, numbers, sample_checksum, step_metrics, wrap_checksum
+from moe_ray.training.measure import (
+    Interval,
+    LoadTrend,
+    LossTrend,
+    numbers,
+    sample_checksum,
+    step_metrics,
+    wrap_checksum,
+)
 from moe_ray.training.optimizer import build_optimizer, learning_rate
 from moe_ray.training.requests import Request, answered, asked, heaviest
 from moe_ray.training.restore import restore
@@ -89,7 +98,8 @@ def train(
         "redone_steps": restored.redone_steps,
         "restore_seconds": time.perf_counter() - began,
     }
-    loop = _Loop(trainer, data, run, CheckpointWriter(origin, mesh, model, optimizer), report, constants)
+    writer = CheckpointWriter(origin, mesh, model, optimizer, restored.step)
+    loop = _Loop(trainer, data, run, writer, report, constants)
     for step in range(restored.step, config.train.steps):
         request = loop.step(step)
         if request is not None and request is not Request.SAVE:
@@ -122,7 +132,10 @@ class _Loop:
         self._writer = writer
         self._report = report
         self._constants = constants
-        self._log = RunLog(run) if trainer.mesh.rank == 0 else None
+        is_first = trainer.mesh.rank == 0
+        self._log = RunLog(run) if is_first else None
+        self._trend = LossTrend(logged["loss"] for logged in read_metrics(run)) if is_first else None
+        self._load_trend = LoadTrend(trainer.config.model)
         self._interval = Interval()
         self._latest: dict[str, float] = {}
         self._bad_steps = self._failed_saves = self._last_try = 0
@@ -131,6 +144,7 @@ class _Loop:
         """Do one step and what is due after it; returns a request that was answered by a checkpoint."""
         config, mesh, clock = self._trainer.config, self._trainer.mesh, self._trainer.clock
         started, done = time.perf_counter(), step + 1
+        set_log_fields(step=done)
         evaluates = done == config.train.steps or done % config.train.eval_every == 0
         clock.enabled = evaluates or done % config.train.log_every == 0
         # The generator's state is a function of seed, step and rank, so checkpoints need not hold it.
@@ -167,6 +181,11 @@ class _Loop:
     def _log_step(self, done: int, lr: float, result: StepResult, evaluates: bool) -> None:
         metrics = step_metrics(self._trainer, done, lr, result, self._interval)
         metrics["sample_checksum"] = wrap_checksum(result.signals[-1])
+        metrics["collapse_by_layer"] = self._load_trend.add(metrics["load_by_layer"], self._interval.steps)
+        if self._trend is not None:
+            metrics["loss_over_best"] = self._trend.add(metrics["loss"])
+        metrics["checkpoint_step"] = self._writer.saved_step
+        metrics["checkpoint_time"] = self._writer.saved_time
         metrics["checkpoint_stall_seconds"] = self._writer.stall_seconds
         metrics["checkpoint_write_seconds"] = self._writer.write_seconds
         metrics["failed_checkpoints"] = self._failed_saves

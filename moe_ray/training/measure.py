@@ -2,18 +2,22 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
-from moe_ray.analytics.routing import RoutingSums
+from moe_ray.analytics.routing import RoutingSums, load_cv
+from moe_ray.config import ModelConfig
 from moe_ray.data.batches import MicroBatch
 from moe_ray.training.step import StepResult, Trainer
 
 _BITS = 40
+_SMOOTHING = 0.1
+_TREND_STEPS = 10
 
 
 @dataclass
@@ -32,6 +36,50 @@ class Interval:
         self.seconds += seconds
         if result.is_finite:
             self.routing = result.routing if self.routing is None else self.routing + result.routing
+
+
+class LossTrend:
+    """The loss beside the best that it has been, both smoothed over the last ten logged steps or so.
+
+    Args:
+        losses: those logged before; None for steps that were skipped.
+    """
+
+    def __init__(self, losses: Iterable[float | None] = ()) -> None:
+        self._smooth = self._best = math.inf
+        for loss in losses:
+            self.add(loss)
+
+    def add(self, loss: float | None) -> float | None:
+        """Smoothed loss over the lowest that it has been, 1 while it falls; None before the first loss."""
+        if loss is not None:
+            known = math.isfinite(self._smooth)
+            self._smooth = _SMOOTHING * loss + (1 - _SMOOTHING) * self._smooth if known else loss
+            self._best = min(self._best, self._smooth)
+        return self._smooth / self._best if math.isfinite(self._best) else None
+
+
+class LoadTrend:
+    """How far the load of experts is from balance, over the last ten steps or so: a small batch says little.
+
+    Shapes: L MoE layers, E experts.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        # The coefficient of variation when all tokens choose the same top_k experts.
+        self._largest_cv = math.sqrt(max(0.0, model.num_experts / model.top_k - 1))
+        self._loads_LE: Tensor | None = None
+        self._steps = 0
+
+    def add(self, loads_by_layer: Sequence[Sequence[float]], steps: int) -> list[float]:
+        """Add the mean load of some steps; returns the imbalance by layer over the largest one, from 0 to 1."""
+        loads_LE = torch.tensor(loads_by_layer, dtype=torch.float64)
+        self._steps += steps
+        weight = max(min(1.0, steps / _TREND_STEPS), steps / self._steps)
+        before_LE = loads_LE if self._loads_LE is None else self._loads_LE
+        self._loads_LE = torch.lerp(before_LE, loads_LE, weight)
+        cv_L = load_cv(self._loads_LE)
+        return (cv_L / self._largest_cv).tolist() if self._largest_cv else [0.0] * len(cv_L)
 
 
 def step_metrics(trainer: Trainer, done: int, lr: float, result: StepResult, interval: Interval) -> dict[str, Any]:

@@ -1,0 +1,72 @@
+"""Observes a run by what it logs: each record and event becomes samples, at the moment that it tells."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from moe_ray.config import Config
+from moe_ray.storage import Storage
+from moe_ray.telemetry.catalogue import CATALOGUE
+from moe_ray.telemetry.run_log import EVENTS, METRICS, LogTail
+from moe_ray.telemetry.sample_store import SampleStore
+from moe_ray.telemetry.samples import EVENTS as EVENT_KINDS
+from moe_ray.telemetry.samples import Sample, event_sample, training_samples
+
+_SKIPPED = "moe_train_skipped_steps"
+
+
+class RunWatch:
+    """Follows the logs of one run.
+
+    Args:
+        since: what was logged until then, in Unix seconds, is not told.
+    """
+
+    def __init__(self, run: Storage, config: Config, since: float = float("-inf")) -> None:
+        self._logs = LogTail(run, METRICS), LogTail(run, EVENTS)
+        self.name = config.train.name
+        self._config = config
+        self._events: Counter[str] = Counter()
+        self._skipped = 0.0
+        self._gauges: list[Sample] = []
+        self._seen = since
+        self._at = float("-inf")
+
+    def observe(self, store: SampleStore, now: float, told: Callable[[float], object] = lambda time: None) -> None:
+        """Add what was logged since the last call; what the newest record says stays so until now.
+
+        Args:
+            told: called with the time of each record and event once its samples are there.
+
+        Raises:
+            StorageError: the run's storage cannot be read now.
+        """
+        for item in self._news():
+            at = min(max(item["time"], self._at), now)
+            if self._at == float("-inf"):
+                # Before it was counted, nothing was: the first count is an increase too.
+                store.add(at - 1e-3, self._counts())
+            self._take(item)
+            self._seen = item["time"]
+            store.add(at, [*self._gauges, *self._counts()])
+            self._at = at
+            told(at)
+        self._at = max(self._at, now)
+        store.add(self._at, [*self._gauges, *self._counts()])
+
+    def _news(self) -> list[dict[str, Any]]:
+        items = [item for log in self._logs for item in log.new() if isinstance(item.get("time"), int | float)]
+        return sorted((item for item in items if item["time"] > self._seen), key=lambda item: item["time"])
+
+    def _take(self, item: dict[str, Any]) -> None:
+        if "event" in item:
+            self._events[str(item["event"])] += 1
+            return
+        samples = training_samples(item, self._config)
+        self._skipped += sum(sample.value for sample in samples if sample.name == _SKIPPED)
+        self._gauges = [sample for sample in samples if CATALOGUE[sample.name].kind == "gauge"]
+
+    def _counts(self) -> list[Sample]:
+        run = self._config.train.name
+        events = [event_sample(run, kind, self._events[kind]) for kind in EVENT_KINDS]
+        return [Sample(_SKIPPED, {"run": run}, self._skipped), *events]
