@@ -84,5 +84,6 @@ def restarted(folder: Path) -> Path:
         {"event": "start", "time": START, "workers": 2},
         {**failure, "time": START + 13},
         {"event": "start", "time": START + 35, "workers": 2},
+        {"event": "alert", "time": START + 48, "alert": "Stalled", "severity": "warning", "summary": "no step."},
     ]
     return write_run(folder, lines, events)

@@ -112,8 +112,9 @@ def test_summary_answers_with_pictures(tmp_path: Path) -> None:
 def test_events_stand_at_the_steps_that_were_kept(tmp_path: Path) -> None:
     page = run_page(full(tmp_path))
     layers = figures(page)["loss"].spec["layer"]
+    assert "Stalled warning: no step." in str(page)
     (marks,) = {json.dumps(layer["data"]["values"]) for layer in layers[1:]}
-    assert [(mark["step"], mark["letter"]) for mark in json.loads(marks)] == [(0, "S"), (8, "FS")]
+    assert [(mark["step"], mark["letter"]) for mark in json.loads(marks)] == [(0, "S"), (8, "FS"), (18, "A")]
 
 
 def test_page_says_what_is_missing_and_why(tmp_path: Path) -> None:

@@ -198,9 +198,10 @@ def _events(snapshot: Snapshot) -> list[Text]:
     lines = []
     for event in snapshot.events[-_MOST_EVENTS:]:
         when = datetime.fromtimestamp(event.get("time") or 0, UTC)
-        rest = ", ".join(f"{name} {value}" for name, value in event.items() if name not in ("event", "time"))
+        told = [event.get("alert"), event["summary"]] if "summary" in event else None
+        rest = [f"{name} {value}" for name, value in event.items() if name not in ("event", "time")]
+        text = f"{when:%H:%M:%S} {event['event']}  {', '.join(map(str, told or rest))}"
         style = "red" if event["event"] in ("failure", "alert") else ""
-        text = f"{when:%H:%M:%S} {event['event']}  {rest}"
         lines.append(Text(text.replace("\n", " "), style=style, no_wrap=True, overflow="ellipsis"))
     return lines
 

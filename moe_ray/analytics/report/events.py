@@ -19,6 +19,7 @@ _LETTERS = {
     "waiting": "W",
     "stop": "E",
     "alert": "A",
+    "resolved": "a",
 }
 _MOST_ON_AXES = 40
 
@@ -63,7 +64,7 @@ def marks_of(events: Sequence[Mapping[str, Any]], history: History) -> list[Mark
     times, steps = history.column("time"), history.column("step")
     marks = []
     for event in sorted(events, key=_time):
-        kind, index = str(event["event"]), int(np.searchsorted(times, _time(event)))
+        kind, index = str(event["event"]), int(np.searchsorted(times, _time(event), side="right"))
         step = int(steps[index - 1]) if index else 0
         letter = _LETTERS.get(kind, kind[:1].upper() or "?")
         time = _time(event)
@@ -130,6 +131,10 @@ def _describe(event: Mapping[str, Any]) -> str:
         text = f"a failure of rank {ranks}: {rest.pop('reason')}"
         text += "" if rest.pop("retry", True) else ", after which the run gave up"
         rest.pop("saved_step", None)
+    elif kind in ("alert", "resolved") and "summary" in rest:
+        verb = "resolved" if kind == "resolved" else str(rest.get("severity", "alert"))
+        action = f" {rest['action']}" if kind == "alert" and "action" in rest else ""
+        return f"{rest.get('alert', '')} {verb}: {rest['summary']}{action}"
     elif kind == "drain":
         text = f"notice that {rest.pop('nodes', 'some')} nodes leave"
     else:

@@ -48,7 +48,7 @@ def _timeline(run: Run) -> Figure:
     text = (
         "Logged steps over time, without those that were lost and done again: where the line is flat, nothing "
         "that lasted was done. Letters: S start, F failure, D notice of a node, R restart asked for, Z change of "
-        "the number of workers, E asked to end, A alert."
+        "the number of workers, E asked to end, A alert, a its end."
     )
     spec = {"width": "container", "height": 200, "layer": layers}
     rows = [(run.steps[0] if run.steps else None, run.steps[1] if run.steps else None, len(run.restarts))]
