@@ -23,7 +23,7 @@ from tests.test_trackers import read_tensorboard
 from tests.tiny import copy_corpus, tiny_settings
 from tests.waiting import until
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 LABELS = {"le", *(label for metric in CATALOGUE.values() for label in metric.labels)}
 # By metric and labels, without the labels that Ray adds.
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
