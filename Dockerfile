@@ -33,6 +33,8 @@ RUN apt-get update && \
 RUN useradd --uid 1000 --create-home ray && install --directory --owner=ray /runs
 COPY --from=build /opt/venv /opt/venv
 COPY --from=build /opt/moe_ray /opt/moe_ray
+# The path of the token is no secret.
+# hadolint ignore=DL3064
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 \
     RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=/home/ray/secrets/token
 WORKDIR /opt/moe_ray

@@ -1,4 +1,4 @@
-"""From nothing to a served model on this machine: corpus, cluster, training job, evaluation, endpoint.
+"""From nothing to a served model on this machine: corpus, cluster, training job, evaluation, endpoint, report.
 
 usage: python jobs/quickstart.py CONFIG [section.field=value ...]
 
@@ -29,6 +29,8 @@ from moe_ray.models.hf.resolve import resolve_model
 ROOT = Path(__file__).resolve().parents[1]
 _PROMPT = "And it came to pass in those days, that"
 _MAX_TOKENS = 64
+# A second or two of analysis.
+_REPORT_TOKENS = 4096
 _HTTP_PORT = 8000
 _DEPLOY_SECONDS = 300
 _POLL_SECONDS = 0.5
@@ -99,7 +101,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _run(cluster: LocalCluster, config: Config, arguments: list[str], job_id: str) -> None:
-    stages = Stages(6)
+    stages = Stages(7)
     run_dir = config.train.run_dir
     with stages.stage("corpus"):
         data_dir = prepare_corpus(config)
@@ -113,8 +115,11 @@ def _run(cluster: LocalCluster, config: Config, arguments: list[str], job_id: st
         url = deploy(cluster, head, config)
     with stages.stage("completion, streamed"):
         stream(url, config)
+    with stages.stage("report"):
+        report = draw(config)
     print(f"""
 run        {run_dir}
+report     {report}
 endpoint   {url}/v1
            curl {url}/v1/completions -H 'Content-Type: application/json' \\
              -d '{{"model": "{config.train.name}", "prompt": "{_PROMPT}", "max_tokens": 32}}'
@@ -256,6 +261,15 @@ def stream(url: str, config: Config) -> None:
         print(flush=True)
     except OpenAIError as error:
         raise ClusterError(f"{url} gave no completion: {error}.", f"see {url}/readyz.") from None
+
+
+def draw(config: Config) -> str:
+    """Write the page about the run, and say what its summary says; returns its path."""
+    from jobs.report import make_report
+
+    page, place = make_report([str(config.train.run_dir)], tokens=_REPORT_TOKENS)
+    say("\n".join(finding.text for finding in page.findings if finding.id in ("load", "by-domain", "time-shares")))
+    return place
 
 
 def _stop(cluster: LocalCluster) -> None:

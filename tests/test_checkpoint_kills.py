@@ -210,6 +210,7 @@ def sweep_s3(uri: str, folder: Path, steps: tuple[int, ...]) -> int:
     return num_points
 
 
+@pytest.mark.slow
 def test_killed_before_and_after_each_operation_of_an_object_store(s3: S3Server, tmp_path: Path) -> None:
     assert sweep_s3(s3.fresh_uri(), tmp_path, (1, 2, 3)) >= 50
 

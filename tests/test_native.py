@@ -316,6 +316,7 @@ class TestBuild:
         assert "false made no library" in done.stderr
         assert not list(tmp_path.glob("moe_ray/*.so"))
 
+    @pytest.mark.slow
     def test_compiles_once_for_the_user_alone(self, tmp_path):
         for _ in range(2):
             done = self.make("load()", XDG_CACHE_HOME=str(tmp_path))

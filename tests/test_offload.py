@@ -157,6 +157,7 @@ def test_a_checkpoint_of_a_run_is_offloaded_expert_by_expert(tmp_path, packs):
     assert torch.equal(logits(loaded), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="nothing says how much memory is private")
 def test_a_model_larger_than_memory_is_loaded_and_served(tmp_path, packs):
     folder = make_model_folder(tmp_path, dim=128, num_layers=10, num_experts=16, expert_dim=1024)

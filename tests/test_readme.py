@@ -53,6 +53,9 @@ def test_no_command_is_forgotten() -> None:
         ["python", "jobs/export.py"],
         ["python", "jobs/train.py"],
         ["python", "jobs/evaluate.py"],
+        ["python", "jobs/watch.py"],
+        ["python", "jobs/report.py"],
+        ["python", "jobs/report.py"],
         ["serve", "run"],
         ["curl", "http://127.0.0.1:8000/v1/completions"],
     ]
@@ -123,7 +126,7 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_commands_in_their_order(shell: Shell) -> None:
-    prepare, train, submit, show_help, train_olmoe, export, train_elastic, evaluate, serve, curl = HERE
+    prepare, train, submit, show_help, train_olmoe, export, train_elastic, evaluate, *look, serve, curl = HERE
     assert "wiki" in shell.run(prepare)
     assert "step 12/12" in shell.run(train)
     assert "succeeded" in shell.run(submit), "the same run again has nothing left to do"
@@ -132,6 +135,10 @@ def test_commands_in_their_order(shell: Shell) -> None:
     assert "MixtralForCausalLM" in shell.run(export)
     assert "step 12/12" in shell.run(train_elastic)
     assert "unigram model" in shell.run(evaluate)
+    watch, report, compare = look
+    assert "step 12/12" in shell.run(watch)
+    assert "runs/wiki/report.html" in shell.run(report)
+    assert "runs/both.html" in shell.run(compare)
     # `serve run` takes port 8000 unless Serve already has another.
     shell.run(["serve", "start", "--http-port", str(shell.port)])
     server = shell.start(serve)

@@ -416,7 +416,7 @@ class TestBuilder:
     def test_relative_path_and_overrides(self, checkpoint, monkeypatch):
         monkeypatch.chdir(checkpoint.parent)
         application = self.build(checkpoint="tiny", serve__max_batch_size="8", serve__dtype="bfloat16")
-        path, config = application._bound_deployment.init_args
+        path, config, *_ = application._bound_deployment.init_args
         assert path == str(checkpoint.resolve() / "checkpoints" / "step-00000001")
         assert (config.max_batch_size, config.dtype, config.max_queued_requests) == (8, "bfloat16", MAX_QUEUED)
 

@@ -89,7 +89,7 @@ def test_collapse_is_flagged_within_50_steps_and_a_healthy_run_raises_nothing(co
 def test_the_quickstart_raises_nothing_and_without_its_auxiliary_loss_is_flagged(tmp_path, seed):
     settings = [f"train.storage={tmp_path}", f"data.path={tmp_path / 'data'}", "checkpoint.every=1000"]
     settings += ["parallel.workers=1", "parallel.ep=1", f"train.seed={seed}"]
-    off = ["train.name=off", "train.steps=50", "model.load_balancing_loss_weight=0"]
+    off = ["train.name=unbalanced", "train.steps=50", "model.load_balancing_loss_weight=0"]
     collapsing = Watch(load_config("jobs/configs/quickstart.yaml", [*settings, *off]))
     healthy = Watch(load_config("jobs/configs/quickstart.yaml", settings))
     collapsing.train()

@@ -125,6 +125,7 @@ sys.stdin.read()
             child.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["none", "int4"])
 def test_processes_that_start_together_pack_once_and_share_pages(source, packs, quantize):
     with replicas(2, source, packs, quantize) as running:
@@ -265,6 +266,7 @@ def test_an_empty_setting_turns_it_off_and_none_takes_the_cache_folder(source, t
     assert len(pack_files(tmp_path / "cache" / "moe_ray" / "weights")) == 1
 
 
+@pytest.mark.slow
 def test_quantized_experts_keep_the_perplexity(tmp_path, capsys):
     corpus = copy_corpus(tmp_path)
     config = build_config(

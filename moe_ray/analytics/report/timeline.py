@@ -1,0 +1,74 @@
+"""When a run trained: its steps over time of day, and what happened to it."""
+
+import numpy as np
+
+from moe_ray.analytics.report.parts import Figure, Missing, Part, Table
+from moe_ray.analytics.report.run import Run
+from moe_ray.analytics.report.spec import COLOURS
+
+_MOST_POINTS = 500
+_MOST_EVENTS = 300
+_DAY_SECONDS = 86_400
+
+
+def event_parts(run: Run) -> list[Part]:
+    """The section on events."""
+    if run.steps is None and not run.marks:
+        return [Missing("Events", "Nothing was noted yet.")]
+    parts: list[Part] = [_timeline(run)] if run.steps is not None else []
+    if not run.marks and not run.restarts:
+        return [*parts, Missing("Events", "None: there is no events.jsonl, and the steps show no restart.")]
+    return [*parts, _table(run)]
+
+
+def _timeline(run: Run) -> Figure:
+    times, steps = run.history.column("time"), run.history.column("step")
+    kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), _MOST_POINTS)).round().astype(int))
+    line = [{"time": round(times[row] * 1000), "step": int(steps[row])} for row in kept if np.isfinite(times[row])]
+    marks = [
+        {"time": round(mark.time * 1000), "step": mark.step, "letter": mark.letter, "event": mark.text}
+        for mark in run.marks[:_MOST_EVENTS]
+        if mark.time is not None and mark.kind != "waiting"
+    ]
+    is_short = not len(times) or np.nanmax(times) - np.nanmin(times) < _DAY_SECONDS
+    axis = {"format": "%H:%M" if is_short else "%m-%d %H:%M"}
+    x = {"field": "time", "type": "temporal", "title": "UTC", "scale": {"type": "utc"}, "axis": axis}
+    y = {"field": "step", "type": "quantitative", "title": "step", "scale": {"zero": True}}
+    when = {"field": "time", "type": "temporal", "title": "UTC", "format": "%Y-%m-%d %H:%M:%S"}
+    tooltip = [when, {"field": "event", "type": "nominal"}]
+    rule = {"type": "rule", "strokeDash": [3, 3], "opacity": 0.6, "color": "currentColor"}
+    letter = {"type": "text", "baseline": "bottom", "dy": -3, "fontWeight": "bold", "color": "currentColor"}
+    above = {"x": x, "y": {"value": 0}, "text": {"field": "letter"}, "tooltip": tooltip}
+    lines = {"type": "line", "color": COLOURS[0], "point": {"size": 12}}
+    events = {"data": {"values": marks}}
+    layers = [{"data": {"values": line}, "mark": lines, "encoding": {"x": x, "y": y}}]
+    if marks:
+        layers.append({**events, "mark": rule, "encoding": {"x": x, "tooltip": tooltip}})
+        layers.append({**events, "mark": letter, "encoding": above})
+    text = (
+        "Logged steps over time, without those that were lost and done again: where the line is flat, nothing "
+        "that lasted was done. Letters: S start, F failure, D notice of a node, R restart asked for, Z change of "
+        "the number of workers, E asked to end, A alert, a its end."
+    )
+    spec = {"width": "container", "height": 200, "layer": layers}
+    rows = [(run.steps[0] if run.steps else None, run.steps[1] if run.steps else None, len(run.restarts))]
+    return Figure("timeline", "Steps over time", text, spec, Table(("first step", "last step", "restarts"), rows))
+
+
+def _table(run: Run) -> Table:
+    rows = [(mark.step, mark.letter, mark.when, mark.text) for mark in run.marks]
+    rows += [
+        (
+            restart.step,
+            "",
+            "",
+            f"went on from step {restart.step}; {restart.redone} steps were done again; loading took "
+            f"{restart.restore_seconds:.1f} s",
+        )
+        for restart in run.restarts
+    ]
+    rows.sort(key=lambda row: row[0])
+    note = "A step is the last one that was logged, and kept, before the event."
+    if len(rows) > _MOST_EVENTS:
+        note += f" The first {_MOST_EVENTS} of {len(rows):,}."
+    return Table(("step", "letter", "UTC", "event"), rows[:_MOST_EVENTS], "What happened", note, "event-table")
