@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Stand for a key in tests and manifests.
-PLACEHOLDERS := ^(none|hush|not-a-secret|moe-ray-[a-z-]+)$$
+PLACEHOLDERS := ^(none|hush|secret|not-a-secret|moe-ray-[a-z-]+|AKIA[A-Z0-9]+EXAMPLE)$$
 SOURCES := moe_ray jobs serve_apps cluster benchmarks dashboards
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
