@@ -1,1 +1,1 @@
-"""Clusters to run on: so far, one node on this machine."""
+"""Clusters to run on: one node on this machine, and the files for clouds, Kubernetes and containers."""
