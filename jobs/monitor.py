@@ -94,7 +94,7 @@ def open_run(given: str) -> tuple[Storage, Config]:
     run = open_storage(given, retry_seconds=1.0)
     try:
         config = build_config(yaml.safe_load(run.read("config.yaml")))
-    except (FileNotFoundError, yaml.YAMLError, ValueError, AttributeError):
+    except (FileNotFoundError, yaml.YAMLError, RecursionError, ValueError, AttributeError):
         raise ConfigError(
             f"{given!r} is no run: it has no config.yaml.", "give the folder STORAGE/NAME."
         ) from None

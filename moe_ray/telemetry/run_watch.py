@@ -7,6 +7,7 @@ from typing import Any
 from moe_ray.config import Config
 from moe_ray.storage import Storage
 from moe_ray.telemetry.catalogue import CATALOGUE
+from moe_ray.telemetry.records import is_step, time_of
 from moe_ray.telemetry.run_log import EVENTS, METRICS, LogTail
 from moe_ray.telemetry.sample_store import SampleStore
 from moe_ray.telemetry.samples import EVENTS as EVENT_KINDS
@@ -30,6 +31,7 @@ class RunWatch:
         self._skipped = 0.0
         self._gauges: list[Sample] = []
         self._seen = since
+        self._unsaid: list[dict[str, Any]] = []
         self._at = float("-inf")
 
     def observe(self, store: SampleStore, now: float, told: Callable[[float], object] = lambda time: None) -> None:
@@ -55,8 +57,12 @@ class RunWatch:
         store.add(self._at, [*self._gauges, *self._counts()])
 
     def _news(self) -> list[dict[str, Any]]:
-        items = [item for log in self._logs for item in log.new() if isinstance(item.get("time"), int | float)]
-        return sorted((item for item in items if item["time"] > self._seen), key=lambda item: item["time"])
+        for log in self._logs:
+            # Kept where the other log cannot be read now.
+            self._unsaid += [item for item in log.new() if time_of(item) is not None]
+        items, self._unsaid = self._unsaid, []
+        whole = (item for item in items if item["time"] > self._seen and ("event" in item or is_step(item)))
+        return sorted(whole, key=lambda item: item["time"])
 
     def _take(self, item: dict[str, Any]) -> None:
         if "event" in item:
