@@ -24,7 +24,7 @@ def parse_record(line: str | bytes) -> dict[str, Any] | None:
 def is_number(value: object) -> bool:
     """Whether a value is a finite number of at most a float's range; JSON knows longer ones."""
     is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_numeric and abs(value) <= sys.float_info.max  # ty: ignore
+    return is_numeric and abs(value) <= sys.float_info.max
 
 
 def time_of(record: Mapping[str, Any]) -> float | None:

@@ -81,8 +81,8 @@ def training_samples(record: Mapping[str, Any], config: Config) -> list[Sample]:
 
 def _expected_seconds(record: Mapping[str, Any], config: Config, run: Mapping[str, str]) -> Iterator[Sample]:
     """How long it should take until the next logged step and checkpoint."""
-    seconds = record.get("step_seconds")
-    seconds = seconds if is_number(seconds) else math.nan
+    logged = record.get("step_seconds")
+    seconds = float(logged) if is_number(logged) else math.nan  # ty: ignore
     yield Sample("moe_train_log_seconds", run, seconds * config.train.log_every)
     yield Sample("moe_checkpoint_due_seconds", run, seconds * config.checkpoint.every)
 
