@@ -64,6 +64,8 @@ class RunLog:
         Raises:
             StorageError: it could not be written.
         """
+        if not self._pending and not self._whole:
+            return
         try:
             self._write(wait=True)
         except OSError as error:
