@@ -2,11 +2,16 @@
 
 import json
 import logging
+import threading
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 
 import pytest
 
+from cluster.observe import endpoint_samples
 from jobs.monitor import build_watcher, main
 from moe_ray.config import build_config
 from moe_ray.errors import ConfigError
@@ -109,6 +114,34 @@ def test_a_run_without_alerts_has_no_file_of_them(tmp_path: Path) -> None:
     found = [json.loads(line) for path in tmp_path.rglob(ALERTS) for line in path.read_text().splitlines()]
     # What else runs on this machine may raise some.
     assert all(record["component"] == "host" for record in found)
+
+
+@contextmanager
+def no_http() -> Generator[str]:
+    """The address of a server that talks, but not HTTP."""
+
+    class Talk(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1 << 16)
+            self.request.sendall(b"SSH-2.0-x\r\n")
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Talk) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_an_endpoint_that_talks_no_http_is_not_ready_and_hides_no_other() -> None:
+    with no_http() as url:
+        found = endpoint_samples([url, "http://127.0.0.1:99999"])
+    assert [(sample.labels["app"], sample.value) for sample in found] == [
+        (url, 0.0),
+        ("http://127.0.0.1:99999", 0.0),
+    ]
 
 
 def test_a_loss_of_zero_has_no_ratio() -> None:
