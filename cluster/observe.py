@@ -1,5 +1,6 @@
 """What the monitor observes of a Ray cluster and of endpoints: nodes, replicas, and what Ray's agents report."""
 
+import http.client
 import logging
 import urllib.request
 from collections import Counter
@@ -35,7 +36,7 @@ def _is_ready(url: str) -> bool:
     try:
         with _opener.open(f"{url.rstrip('/')}/readyz", timeout=_SECONDS) as answer:
             return answer.status == 200
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 

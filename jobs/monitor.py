@@ -62,9 +62,15 @@ def build_watcher(
     """A watcher of all that, and of the Ray cluster that RAY_ADDRESS names.
 
     Raises:
-        ConfigError: a run has no settings that can be read.
+        ConfigError: a run has no settings that can be read, or the name of another.
     """
     found = [open_run(run) for run in runs]
+    names = [config.train.name for _, config in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(
+            f"several runs are called {sorted(twice)[0]!r}, and metrics tell runs by name.",
+            "give a monitor to each of them.",
+        )
     watched = [Path(folder).resolve() for folder in folders]
     watched += [storage.local for storage, _ in found if storage.local is not None]
     observers: dict[str, Observe] = {"host": lambda now: host_samples(watched)}
@@ -94,7 +100,7 @@ def open_run(given: str) -> tuple[Storage, Config]:
     run = open_storage(given, retry_seconds=1.0)
     try:
         config = build_config(yaml.safe_load(run.read("config.yaml")))
-    except (FileNotFoundError, yaml.YAMLError, ValueError, AttributeError):
+    except (FileNotFoundError, yaml.YAMLError, RecursionError, ValueError, AttributeError):
         raise ConfigError(
             f"{given!r} is no run: it has no config.yaml.", "give the folder STORAGE/NAME."
         ) from None
@@ -112,7 +118,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=9108, help="port to listen on, 0: a free one (9108)")
     parser.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between two rounds (5)")
     parser.add_argument("--webhook-file", metavar="FILE", help="holds the URL to which alerts are POSTed")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if not 0 < options.every < threading.TIMEOUT_MAX:
+        raise ConfigError(f"--every={options.every:g} is not allowed.", "give a number of seconds above 0.")
+    return options
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from moe_ray.analytics.report.run import Run, distinct_names, read_run
 from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.errors import ConfigError, MoeRayError
 from moe_ray.storage import open_storage
+from moe_ray.telemetry.records import one_line
 
 REPORT = "report.html"
 _TOKENS = 1 << 14
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     set_threads((os.cpu_count() or 1) / 2)
     page, place = make_report(given.runs, given.out, given.tokens)
     for finding in page.findings:
-        print(finding.text)
+        print(one_line(finding.text))
     print(f"report {place}")
 
 

@@ -19,6 +19,7 @@ from moe_ray.serving.api_keys import make_key
 from moe_ray.serving.app import ErrorBoundary
 from moe_ray.serving.usage import request_fields
 from moe_ray.telemetry.logs import set_log_fields, setup_logging
+from moe_ray.telemetry.redact import Redactor
 
 _logger = logging.getLogger("moe_ray.test")
 
@@ -117,6 +118,10 @@ def secret_lines() -> list[tuple[str, str]]:
         (f"headers Authorization: Bearer {secret}", secret),
         (f"WANDB_API_KEY={secret}", secret),
         (f"password = '{secret}'", secret),
+        (f'{{"password": "two words, {secret}"}}', secret),
+        (rf"{{\"password\": \"two words, {secret}\"}}", secret),
+        (f"http://me:p@ss@{secret}@host/path", secret),
+        (f"s3://AKIA:ab/{secret}+c@bucket/path", secret),
         (f"the key {key} is unknown", key),
         ("id AKIAIOSFODNN7EXAMPLE was refused", "AKIAIOSFODNN7EXAMPLE"),
         (f"answered by {secret} of the environment", secret),
@@ -140,9 +145,17 @@ def test_no_secret_is_written(
         assert secret not in text, line
 
 
+def test_long_texts_are_looked_through_in_time() -> None:
+    """Each of these took minutes, or hours, when words were tried from each of their letters."""
+    redact = Redactor()
+    for text in ("a-" * 50_000, "a" * 200_000, "token-" * 20_000, "a://" * 10_000):
+        assert redact(text) == text
+
+
 def test_what_is_no_secret_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     setup_logging(TelemetryConfig())
     lines = ["prompt_tokens=12, completion_tokens: 4", "s3://bucket/runs?region=eu", "rank 0 resumed from step 8"]
+    lines += ["http://127.0.0.1:8000/mail@host"]
     for line in lines:
         _logger.info(line)
     assert [line.partition("moe_ray.test: ")[2] for line in said(capsys)] == lines

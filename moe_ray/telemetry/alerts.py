@@ -99,10 +99,11 @@ class Alerts:
 
     def _hold(self, key: _Key, rule: Rule, value: float, now: float) -> Alert | None:
         before = self._active.get(key)
-        since = before.since if before else now
+        since = min(before.since, now) if before else now
         state = State.FIRING if now - since >= rule.for_seconds else State.PENDING
         alert = self._active[key] = Alert(rule, key[1], state, since, value)
-        is_told = key in self._open or now - self._told_at.get(key, float("-inf")) < rule.cooldown_seconds
+        # A time ahead is of a clock since set back.
+        is_told = key in self._open or 0 <= now - self._told_at.get(key, -math.inf) < rule.cooldown_seconds
         if state is State.PENDING or is_told:
             return None
         self._told_at[key] = now

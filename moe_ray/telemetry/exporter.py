@@ -77,9 +77,10 @@ def serve(exporter: Exporter, host: str, port: int) -> Generator[int]:
 
     try:
         server = ThreadingHTTPServer((host, port), Handler)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"the monitor cannot listen on {host}:{port}: {error.strerror}.", "give another --port or --host."
+            f"the monitor cannot listen on {host}:{port}: {reason}.", "give another --port or --host."
         ) from None
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, name="exporter", daemon=True)

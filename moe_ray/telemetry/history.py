@@ -3,7 +3,6 @@
 Shapes: N logged steps, M of them whose layers are kept, L MoE layers, E experts.
 """
 
-import json
 import math
 import tempfile
 from collections.abc import Generator, Iterable
@@ -16,11 +15,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from moe_ray.storage import Storage
+from moe_ray.telemetry.records import BY_DOMAIN, is_number, is_step, parse_record
 from moe_ray.telemetry.run_log import METRICS
 
 _LOADS = b'"load_by_layer": [['
 _BY_LAYER = "_by_layer"
-_BY_DOMAIN = "val_perplexity_by_domain"
 
 
 @dataclass(frozen=True)
@@ -89,12 +88,8 @@ def parse_metrics(line: bytes, loads: bool) -> dict[str, Any] | None:
     end = line.find(b"]]", start)
     if start >= 0 and end >= 0:
         line = line[:start] + b'"load_by_layer": null' + line[end + 2 :]
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    is_step = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if is_step else None
+    record = parse_record(line)
+    return record if record is not None and is_step(record) else None
 
 
 @contextmanager
@@ -121,8 +116,8 @@ def _to_history(records: Iterable[tuple[bool, dict[str, Any] | None]]) -> Histor
         if record is None:
             damaged += 1
             continue
-        _append(columns, {name: value for name, value in record.items() if _is_number(value)}, size)
-        _append(domains, record.get(_BY_DOMAIN) or {}, size)
+        _append(columns, {name: value for name, value in record.items() if is_number(value)}, size)
+        _append(domains, record.get(BY_DOMAIN) or {}, size)
         if is_kept and record.get("load_cv_by_layer"):
             layers.append({name: value for name, value in record.items() if name.endswith(_BY_LAYER)})
             layers_M.append(size)
@@ -148,12 +143,8 @@ def _append(columns: dict[str, list[float]], row: dict[str, Any], size: int) -> 
     for name in [name for name in row if name not in columns]:
         columns[name] = [math.nan] * size
     for name, values in columns.items():
-        values.append(float(row[name]) if _is_number(row.get(name)) else math.nan)
+        values.append(float(row[name]) if is_number(row.get(name)) else math.nan)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _shape(row: dict[str, Any]) -> list[tuple[str, int]]:
-    return [(name, len(value or ())) for name, value in row.items()]
+def _shape(row: dict[str, Any]) -> list[tuple[str, tuple[int, ...]]]:
+    return sorted((name, np.shape(value or ())) for name, value in row.items())

@@ -76,7 +76,7 @@ class Webhook:
         for pause in (*_PAUSES, None):
             try:
                 status = self._post(body)
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 reason = type(error).__name__
             else:
                 reason = f"status {status}"

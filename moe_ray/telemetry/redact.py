@@ -5,13 +5,20 @@ import re
 
 _HIDDEN = "***"
 _TELLING_NAME = (
-    r"[\w-]*(?:(?:api|access|account)[_-]?key|secret|token(?!s)|password|passwd|credential|signature)[\w-]*"
+    r"[\w-]*(?:(?:api|access|account)[_-]?key|secret|token(?!s)|password|passwd|credential|signature)[\w-]*+"
 )
+_QUOTE = r"\\*['\"]"
+# Words begin where no other does, and give nothing back: the time of a long text is that of its length.
 _PATTERNS = (
     # User and password of an address.
-    (re.compile(r"(\w+://)[^/\s@'\"]+@"), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(?<!\w)(\w++://)(?:[^/\s'\"]+|[^/\s:'\"]*:(?!\d+/)[^\s'\"]{1,200})@"), rf"\1{_HIDDEN}@"),
     # Parameters, settings and JSON fields whose name says it.
-    (re.compile(rf"(?i)\b({_TELLING_NAME}['\"]?\s*[=:]\s*['\"]?)[^\s&'\",;]+"), rf"\1{_HIDDEN}"),
+    (
+        re.compile(
+            rf"(?i)(?<![\w-])({_TELLING_NAME}{_QUOTE}?\s*[=:]\s*)(?:({_QUOTE})(?:(?!\2)[^\n])+|[^\s&'\",;]+)"
+        ),
+        rf"\1\2{_HIDDEN}",
+    ),
     (re.compile(r"(?i)\b((?:bearer|basic)\s+)[\w.~+/=-]{8,}"), rf"\1{_HIDDEN}"),
     # Keys that tell themselves: ours, AWS', OpenAI's, Hugging Face's, GitHub's.
     (

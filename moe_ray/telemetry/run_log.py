@@ -16,6 +16,7 @@ from typing import Any
 
 from moe_ray.errors import StorageError
 from moe_ray.storage import Storage, open_storage
+from moe_ray.telemetry.records import is_step, parse_record, time_of
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
@@ -63,6 +64,8 @@ class RunLog:
         Raises:
             StorageError: it could not be written.
         """
+        if not self._pending and not self._whole:
+            return
         try:
             self._write(wait=True)
         except OSError as error:
@@ -116,7 +119,7 @@ class LogTail:
         content = self._read()
         end = content.rfind(b"\n") + 1
         self._offset += end
-        parsed = (_parse(line) for line in content[:end].decode(errors="replace").splitlines())
+        parsed = map(parse_record, content[:end].decode(errors="replace").split("\n"))
         return [record for record in parsed if record is not None]
 
     def _read(self) -> bytes:
@@ -142,13 +145,13 @@ class LogTail:
 
 def read_metrics(run: Path | Storage) -> list[dict[str, Any]]:
     """All whole lines of a run, without those that a crash left unfinished or damaged."""
-    return [metrics for metrics in _records(run, METRICS) if isinstance(metrics.get("step"), int)]
+    return [metrics for metrics in _records(run, METRICS) if is_step(metrics)]
 
 
 def read_events(run: Path | Storage) -> list[dict[str, Any]]:
     """What happened to the workers of a run, and its alerts, oldest first."""
     events = [event for name in (EVENTS, ALERTS) for event in _records(run, name) if "event" in event]
-    return sorted(events, key=lambda event: event.get("time", 0.0))
+    return sorted(events, key=lambda event: time_of(event) or 0.0)
 
 
 def drop_metrics_after(run: Storage, step: int) -> None:
@@ -163,7 +166,7 @@ def drop_metrics_after(run: Storage, step: int) -> None:
 
 def _records(run: Path | Storage, name: str) -> list[dict[str, Any]]:
     lines = _read(open_storage(run) if isinstance(run, Path) else run, name).decode(errors="replace").split("\n")
-    parsed = (_parse(line) for line in lines[:-1])
+    parsed = map(parse_record, lines[:-1])
     return [record for record in parsed if record is not None]
 
 
@@ -194,11 +197,3 @@ def _append(path: Path, content: bytes) -> None:
         except OSError:
             file.truncate(size)
             raise
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

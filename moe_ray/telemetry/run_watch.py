@@ -7,12 +7,18 @@ from typing import Any
 from moe_ray.config import Config
 from moe_ray.storage import Storage
 from moe_ray.telemetry.catalogue import CATALOGUE
+from moe_ray.telemetry.records import is_step, time_of
+from moe_ray.telemetry.rules import RULES
 from moe_ray.telemetry.run_log import EVENTS, METRICS, LogTail
-from moe_ray.telemetry.sample_store import SampleStore
+from moe_ray.telemetry.sample_store import KEPT_SECONDS, SampleStore
 from moe_ray.telemetry.samples import EVENTS as EVENT_KINDS
 from moe_ray.telemetry.samples import Sample, event_sample, training_samples
 
 _SKIPPED = "moe_train_skipped_steps"
+# No rule waits longer.
+_REPLAYED_SECONDS = 600.0
+# The load of each expert, of which no rule is made, would be most of what is kept.
+_JUDGED = {term.metric for rule in RULES for term in rule.terms if CATALOGUE[term.metric].kind == "gauge"}
 
 
 class RunWatch:
@@ -30,33 +36,45 @@ class RunWatch:
         self._skipped = 0.0
         self._gauges: list[Sample] = []
         self._seen = since
+        self._unsaid: list[dict[str, Any]] = []
         self._at = float("-inf")
 
     def observe(self, store: SampleStore, now: float, told: Callable[[float], object] = lambda time: None) -> None:
         """Add what was logged since the last call; what the newest record says stays so until now.
 
         Args:
-            told: called with the time of each record and event once its samples are there.
+            told: called with the time of each record and event of the last ten minutes once its samples are there:
+                what was before is no news.
 
         Raises:
             StorageError: the run's storage cannot be read now.
         """
+        # Before, the clock may have been set back.
+        self._at, self._seen = min(self._at, now), min(self._seen, now)
         for item in self._news():
             at = min(max(item["time"], self._at), now)
+            if at <= now - KEPT_SECONDS:
+                self._take(item)
+                continue
             if self._at == float("-inf"):
                 # Before it was counted, nothing was: the first count is an increase too.
                 store.add(at - 1e-3, self._counts())
             self._take(item)
-            self._seen = item["time"]
+            self._seen = min(item["time"], now)
             store.add(at, [*self._gauges, *self._counts()])
             self._at = at
-            told(at)
-        self._at = max(self._at, now)
+            if at > now - _REPLAYED_SECONDS:
+                told(at)
+        self._at = now
         store.add(self._at, [*self._gauges, *self._counts()])
 
     def _news(self) -> list[dict[str, Any]]:
-        items = [item for log in self._logs for item in log.new() if isinstance(item.get("time"), int | float)]
-        return sorted((item for item in items if item["time"] > self._seen), key=lambda item: item["time"])
+        for log in self._logs:
+            # Kept where the other log cannot be read now.
+            self._unsaid += [item for item in log.new() if time_of(item) is not None]
+        items, self._unsaid = self._unsaid, []
+        whole = (item for item in items if item["time"] > self._seen and ("event" in item or is_step(item)))
+        return sorted(whole, key=lambda item: item["time"])
 
     def _take(self, item: dict[str, Any]) -> None:
         if "event" in item:
@@ -64,7 +82,7 @@ class RunWatch:
             return
         samples = training_samples(item, self._config)
         self._skipped += sum(sample.value for sample in samples if sample.name == _SKIPPED)
-        self._gauges = [sample for sample in samples if CATALOGUE[sample.name].kind == "gauge"]
+        self._gauges = [sample for sample in samples if sample.name in _JUDGED]
 
     def _counts(self) -> list[Sample]:
         run = self._config.train.name

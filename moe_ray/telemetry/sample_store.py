@@ -29,7 +29,7 @@ class SampleStore:
         self._of_source: dict[str, set[tuple[str, Labels]]] = defaultdict(set)
 
     def add(self, time: float, samples: Iterable[Sample], source: str | None = None) -> None:
-        """Add what was observed at a time, not before the newest that is here of the same series.
+        """Add what was observed at a time; what the same series has of later ones is of a clock since set back.
 
         Args:
             samples: of counters, what they have counted from their start.
@@ -78,7 +78,8 @@ class SampleStore:
         if value is not None and math.isnan(value):
             value = None
         series = self._series[metric].setdefault(labels, _Series())
-        assert not series.times or time >= series.times[-1], (metric, labels, time)
+        while series.times and series.times[-1] > time:
+            del series.times[-1], series.values[-1]
         if series.times and series.times[-1] == time:
             series.values[-1] = value
         else:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from moe_ray.config import Config
+from moe_ray.telemetry.records import BY_DOMAIN, is_number
 
 PHASES = ("data", "forward", "dispatch", "backward", "reduce", "optimizer")
 EVENTS = ("start", "failure", "waiting", "drain", "resize", "restart", "stop")
@@ -71,16 +72,17 @@ def training_samples(record: Mapping[str, Any], config: Config) -> list[Sample]:
     ]
     found += [
         Sample("moe_train_val_domain_perplexity", run | {"domain": domain}, perplexity)
-        for domain, perplexity in record.get("val_perplexity_by_domain", {}).items()
+        for domain, perplexity in (record.get(BY_DOMAIN) or {}).items()
     ]
     found += _expected_seconds(record, config, run)
     found += _expert_samples(record, config, run)
-    return [sample for sample in found if sample.value is not None and math.isfinite(sample.value)]
+    return [sample for sample in found if is_number(sample.value)]
 
 
 def _expected_seconds(record: Mapping[str, Any], config: Config, run: Mapping[str, str]) -> Iterator[Sample]:
     """How long it should take until the next logged step and checkpoint."""
-    seconds = record.get("step_seconds") or math.nan
+    logged = record.get("step_seconds")
+    seconds = float(logged) if is_number(logged) else math.nan  # ty: ignore
     yield Sample("moe_train_log_seconds", run, seconds * config.train.log_every)
     yield Sample("moe_checkpoint_due_seconds", run, seconds * config.checkpoint.every)
 
@@ -94,8 +96,8 @@ def _expert_samples(record: Mapping[str, Any], config: Config, run: Mapping[str,
     """Layers are numbered as in the model, where some may have no experts."""
     layers = [{**run, "layer": str(layer)} for layer in config.model.moe_layers]
     for name, field in _BY_LAYER.items():
-        for labels, value in zip(layers, record.get(field, ()), strict=False):
+        for labels, value in zip(layers, record.get(field) or (), strict=False):
             yield Sample(name, labels, value)
-    for labels, fractions in zip(layers, record.get("load_by_layer", ()), strict=False):
+    for labels, fractions in zip(layers, record.get("load_by_layer") or (), strict=False):
         for expert, fraction in enumerate(fractions):
             yield Sample("moe_expert_load", {**labels, "expert": str(expert)}, fraction * len(fractions))

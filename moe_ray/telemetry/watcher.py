@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_ray.config import Config
-from moe_ray.storage import Storage
+from moe_ray.errors import StorageError
+from moe_ray.storage import Storage, open_storage
 from moe_ray.telemetry.alerts import Alert, Alerts
 from moe_ray.telemetry.health import Health, health
 from moe_ray.telemetry.host import StorageProbe, host_samples
@@ -106,7 +107,9 @@ def watch_training(run: Storage, config: Config) -> Generator[None]:
         return
     webhook, log = open_webhook(config.telemetry.webhook_file), RunLog(run, ALERTS)
     notify: list[Notify] = [log_alert, lambda alert: log.append(_event(alert))]
-    watcher = training_watcher(run, config, notify if webhook is None else [*notify, webhook])
+    # Storage that does not answer is to be told of at once, not when it has been tried for long.
+    impatient = open_storage(config.train.run_uri, retry_seconds=1.0)
+    watcher = training_watcher(impatient, config, notify if webhook is None else [*notify, webhook])
     done = threading.Event()
 
     def follow() -> None:
@@ -121,6 +124,10 @@ def watch_training(run: Storage, config: Config) -> Generator[None]:
         done.set()
         thread.join()
         watcher.round(time.time())
+        try:
+            log.close()
+        except StorageError as error:
+            _logger.warning("%s", error)
         if webhook is not None:
             webhook.close()
 

@@ -134,7 +134,7 @@ class _Loop:
         self._constants = constants
         is_first = trainer.mesh.rank == 0
         self._log = RunLog(run) if is_first else None
-        self._trend = LossTrend(logged["loss"] for logged in read_metrics(run)) if is_first else None
+        self._trend = LossTrend(logged.get("loss") for logged in read_metrics(run)) if is_first else None
         self._load_trend = LoadTrend(trainer.config.model)
         self._interval = Interval()
         self._latest: dict[str, float] = {}

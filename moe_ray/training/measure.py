@@ -56,7 +56,7 @@ class LossTrend:
             known = math.isfinite(self._smooth)
             self._smooth = _SMOOTHING * loss + (1 - _SMOOTHING) * self._smooth if known else loss
             self._best = min(self._best, self._smooth)
-        return self._smooth / self._best if math.isfinite(self._best) else None
+        return self._smooth / self._best if 0 < self._best < math.inf else None
 
 
 class LoadTrend:

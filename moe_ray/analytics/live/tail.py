@@ -10,6 +10,7 @@ import yaml
 from moe_ray.checkpoint.catalog import list_steps
 from moe_ray.storage import Storage
 from moe_ray.telemetry.history import parse_metrics
+from moe_ray.telemetry.records import is_number
 from moe_ray.telemetry.run_log import METRICS, read_events
 
 _CONFIG = "config.yaml"
@@ -75,9 +76,9 @@ class RunTail:
         try:
             settings = yaml.safe_load(self.run.read(_CONFIG))
             steps = settings["train"]["steps"]
-        except (FileNotFoundError, KeyError, TypeError, ValueError, yaml.YAMLError):
+        except (FileNotFoundError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
             return None
-        return steps if isinstance(steps, int) else None
+        return steps if isinstance(steps, int) and is_number(steps) else None
 
 
 class _LogTail:

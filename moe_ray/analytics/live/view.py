@@ -15,6 +15,7 @@ from rich.text import Text
 
 from moe_ray.analytics.live.braille import bars, curve
 from moe_ray.analytics.live.tail import Snapshot
+from moe_ray.telemetry.records import is_number, one_line, time_of
 
 # From few to many tokens, along cividis; the height of a bar says the same.
 _HEAT = ("#003f8f", "#4d5a7a", "#7c7b78", "#a99c6a", "#d6be4f", "#fdea45")
@@ -23,6 +24,7 @@ _STYLES = ("blue", "dark_orange", "green", "magenta", "yellow", "cyan")
 _LATE_SECONDS = 60.0
 _MOST_EVENTS = 4
 _WIDEST_BAR = 6
+_AGES = 1e10
 _NO_PHASES = ("step", "restore", "checkpoint_stall", "checkpoint_write")
 
 
@@ -64,13 +66,14 @@ def _panel(title: str, content: Table) -> Panel:
 def _head(snapshot: Snapshot, width: int) -> Text:
     newest = snapshot.newest
     text = Text(no_wrap=True, overflow="ellipsis")
-    name = Text(snapshot.name, style="bold")
+    name = Text(one_line(snapshot.name), style="bold")
     name.truncate(max(8, width - 40), overflow="ellipsis")
     text.append_text(name)
     if newest is None:
         return text
-    text.append(f"  {newest['world_size']} workers, ep={newest['ep']}")
-    silent = snapshot.time - newest["time"]
+    world, ep = newest.get("world_size"), newest.get("ep")
+    text.append(f"  {world} workers, ep={ep}" if is_number(world) and is_number(ep) else "")
+    silent = snapshot.time - newest.get("time", snapshot.time)
     expected = 3 * _recent_seconds(snapshot.records) * _log_every(snapshot.records)
     if snapshot.is_finished:
         text.append("  finished", style="green")
@@ -105,7 +108,8 @@ def _curves(records: Sequence[Mapping[str, Any]], width: int, rows: int) -> Tabl
         grid.add_row("no finite loss yet")
         return grid
     low, high = min(values), max(values)
-    first, last = records[0]["step"], records[-1]["step"]
+    steps = [record["step"] for record in records]
+    first, last = min(steps), max(steps)
     plot = max(10, width - 9)
     lines = [
         Text(line, style="bright_blue") for line in curve(_scaled(training, first, last), low, high, plot, rows)
@@ -128,11 +132,11 @@ def _curves(records: Sequence[Mapping[str, Any]], width: int, rows: int) -> Tabl
 def _experts(newest: Mapping[str, Any], width: int, rows: int) -> Table:
     """A bar for each expert, a row for each layer; those of the largest imbalance where there are too many."""
     grid = Table.grid(padding=(0, 1))
-    loads = newest.get("load_by_layer") or []
-    if not loads:
+    loads, cvs = newest.get("load_by_layer") or [], newest.get("load_cv_by_layer") or []
+    if not loads or not cvs or not all(map(is_number, cvs)):
         grid.add_row("not logged")
         return grid
-    cvs = newest["load_cv_by_layer"]
+    dead_by_layer = newest.get("dead_experts_by_layer") or [0] * len(loads)
     most, room = max(1, rows - 1), max(4, width - 22)
     order = sorted(range(len(loads)), key=lambda layer: -cvs[layer])[:most]
     for layer in sorted(order):
@@ -140,7 +144,7 @@ def _experts(newest: Mapping[str, Any], width: int, rows: int) -> Table:
         bar, times = Text(), max(1, min(_WIDEST_BAR, room // len(load)))
         for value in load:
             bar.append(bars([value], 2.0) * times, style=_HEAT[min(len(_HEAT) - 1, int(value / 2 * len(_HEAT)))])
-        dead = newest["dead_experts_by_layer"][layer]
+        dead = dead_by_layer[layer]
         grid.add_row(f"{layer:>3}", bar, f"cv {cvs[layer]:.2f}" + (f" dead {dead}" if dead else ""))
     note = "full height: twice the fair share"
     if len(order) < len(loads):
@@ -152,7 +156,7 @@ def _experts(newest: Mapping[str, Any], width: int, rows: int) -> Table:
 
 
 def _speed(records: Sequence[Mapping[str, Any]], width: int) -> Text:
-    speeds = [record["tokens_per_second"] for record in records if _is_finite(record.get("tokens_per_second"))]
+    speeds = [record["tokens_per_second"] for record in records if is_number(record.get("tokens_per_second"))]
     recent = speeds[-max(8, width - 30) :]
     text = Text(no_wrap=True, overflow="ellipsis")
     text.append(f"{recent[-1]:,.0f} tokens/s  " if recent else "")
@@ -165,7 +169,7 @@ def _split(newest: Mapping[str, Any], width: int) -> list[Text]:
     seconds = {
         name.removesuffix("_seconds"): value
         for name, value in newest.items()
-        if name.endswith("_seconds") and name.removesuffix("_seconds") not in _NO_PHASES and _is_finite(value)
+        if name.endswith("_seconds") and name.removesuffix("_seconds") not in _NO_PHASES and is_number(value)
     }
     total = sum(seconds.values())
     if not total:
@@ -185,7 +189,7 @@ def _checkpoint(snapshot: Snapshot) -> Text:
     assert newest is not None
     if step is None:
         return Text("no checkpoint yet")
-    times = [record["time"] for record in snapshot.records if record["step"] >= step]
+    times = [record["time"] for record in snapshot.records if record["step"] >= step and "time" in record]
     age = f", {_ago(snapshot.time - times[0])} ago" if times else ""
     text = Text(f"checkpoint of step {step:,}{age}, {max(0, newest['step'] - step):,} steps behind")
     failed = newest.get("failed_checkpoints")
@@ -197,17 +201,17 @@ def _checkpoint(snapshot: Snapshot) -> Text:
 def _events(snapshot: Snapshot) -> list[Text]:
     lines = []
     for event in snapshot.events[-_MOST_EVENTS:]:
-        when = datetime.fromtimestamp(event.get("time") or 0, UTC)
+        when = datetime.fromtimestamp(time_of(event) or 0, UTC)
         told = [event.get("alert"), event["summary"]] if "summary" in event else None
         rest = [f"{name} {value}" for name, value in event.items() if name not in ("event", "time")]
         text = f"{when:%H:%M:%S} {event['event']}  {', '.join(map(str, told or rest))}"
         style = "red" if event["event"] in ("failure", "alert") else ""
-        lines.append(Text(text.replace("\n", " "), style=style, no_wrap=True, overflow="ellipsis"))
+        lines.append(Text(one_line(text), style=style, no_wrap=True, overflow="ellipsis"))
     return lines
 
 
 def _points(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(record["step"], record[name]) for record in records if _is_finite(record.get(name))]
+    return [(record["step"], record[name]) for record in records if is_number(record.get(name))]
 
 
 def _scaled(points: Sequence[tuple[float, float]], first: int, last: int) -> list[tuple[float, float]]:
@@ -221,7 +225,7 @@ def _grouped(values: Sequence[float], most: int) -> list[float]:
 
 
 def _recent_seconds(records: Sequence[Mapping[str, Any]]) -> float:
-    seconds = [record["step_seconds"] for record in records[-10:] if _is_finite(record.get("step_seconds"))]
+    seconds = [record["step_seconds"] for record in records[-10:] if is_number(record.get("step_seconds"))]
     return statistics.median(seconds) if seconds else 0.0
 
 
@@ -230,8 +234,4 @@ def _log_every(records: Sequence[Mapping[str, Any]]) -> int:
 
 
 def _ago(seconds: float) -> str:
-    return str(timedelta(seconds=max(0, round(seconds))))
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return str(timedelta(seconds=max(0, round(seconds)))) if seconds < _AGES else "ages"

@@ -28,10 +28,13 @@ def balance_parts(run: Run) -> list[Part]:
     if history.load_MLE is not None:
         parts += [_load_now(run, history.load_MLE[-1]), _load_over_time(run, history.load_MLE)]
     parts.append(_layers_over_time(run, "load_cv", "Load imbalance of each layer", "coefficient of variation"))
-    parts.append(
-        _layers_over_time(run, "routing_entropy", "Entropy of the routers", "normalised entropy", top=1.0)
-    )
-    if history.by_layer["dead_experts"].any():
+    if "routing_entropy" in history.by_layer:
+        parts.append(
+            _layers_over_time(run, "routing_entropy", "Entropy of the routers", "normalised entropy", top=1.0)
+        )
+    if "dead_experts" not in history.by_layer:
+        parts.append(Missing("Experts without a token", "The run did not log them."))
+    elif history.by_layer["dead_experts"].any():
         parts.append(_layers_over_time(run, "dead_experts", "Experts without a token", "dead experts", least=1.0))
     else:
         count = len(history.layers_M)

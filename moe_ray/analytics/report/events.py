@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_ray.telemetry.history import History
+from moe_ray.telemetry.records import time_of
 
 # Kinds of events.jsonl, with the letter that stands above a chart.
 _LETTERS = {
@@ -63,13 +64,12 @@ def marks_of(events: Sequence[Mapping[str, Any]], history: History) -> list[Mark
     """All events, oldest first."""
     times, steps = history.column("time"), history.column("step")
     marks = []
-    for event in sorted(events, key=_time):
-        kind, index = str(event["event"]), int(np.searchsorted(times, _time(event), side="right"))
+    for event in events:
+        kind, time = str(event["event"]), time_of(event) or None
+        index = int(np.searchsorted(times, time or 0.0, side="right"))
         step = int(steps[index - 1]) if index else 0
         letter = _LETTERS.get(kind, kind[:1].upper() or "?")
-        time = _time(event)
-        known = 0 < time < 4e9
-        marks.append(Mark(step, letter, kind, _describe(event), time if known else None))
+        marks.append(Mark(step, letter, kind, _describe(event), time))
     return marks
 
 
@@ -113,11 +113,6 @@ def _last_failure(marks: Sequence[Mark], after: float, before: float) -> str:
     return texts[0] if texts else ""
 
 
-def _time(event: Mapping[str, Any]) -> float:
-    time = event.get("time")
-    return float(time) if isinstance(time, int | float) else 0.0
-
-
 def _describe(event: Mapping[str, Any]) -> str:
     """In words; whatever else an event says follows by name."""
     rest = {name: value for name, value in event.items() if name not in ("event", "time")}
@@ -127,7 +122,8 @@ def _describe(event: Mapping[str, Any]) -> str:
     elif kind == "resize" and "workers" in rest:
         text = f"a change to {rest.pop('workers')} workers"
     elif kind == "failure" and "reason" in rest:
-        ranks = ", ".join(map(str, rest.pop("ranks", ()))) or "unknown"
+        ranks = rest.pop("ranks", None) or ["unknown"]
+        ranks = ", ".join(map(str, ranks if isinstance(ranks, list) else [ranks]))
         text = f"a failure of rank {ranks}: {rest.pop('reason')}"
         text += "" if rest.pop("retry", True) else ", after which the run gave up"
         rest.pop("saved_step", None)

@@ -30,7 +30,7 @@ def _timeline(run: Run) -> Figure:
         for mark in run.marks[:_MOST_EVENTS]
         if mark.time is not None and mark.kind != "waiting"
     ]
-    is_short = not len(times) or np.nanmax(times) - np.nanmin(times) < _DAY_SECONDS
+    is_short = not np.isfinite(times).any() or np.nanmax(times) - np.nanmin(times) < _DAY_SECONDS
     axis = {"format": "%H:%M" if is_short else "%m-%d %H:%M"}
     x = {"field": "time", "type": "temporal", "title": "UTC", "scale": {"type": "utc"}, "axis": axis}
     y = {"field": "step", "type": "quantitative", "title": "step", "scale": {"zero": True}}

@@ -1,0 +1,149 @@
+"""The monitor and the watch of a training command where clocks, storage, names and webhooks fail."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
+
+import pytest
+
+from cluster.observe import endpoint_samples
+from jobs.monitor import build_watcher, main
+from moe_ray.config import build_config
+from moe_ray.errors import ConfigError
+from moe_ray.storage import open_storage
+from moe_ray.telemetry.alerts import Alert, Alerts, State
+from moe_ray.telemetry.notify import Webhook
+from moe_ray.telemetry.rules import RULES
+from moe_ray.telemetry.run_log import ALERTS
+from moe_ray.telemetry.watcher import watch_training
+from moe_ray.training.measure import LossTrend
+from tests.made_runs import START, metrics_line, write_run
+from tests.s3_server import S3Server
+from tests.waiting import until
+
+STALLED = next(rule for rule in RULES if rule.name == "TrainingStalled")
+
+
+def test_a_clock_that_is_set_back_ends_no_watch(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [metrics_line(1, time=START)])
+    watcher = build_watcher([str(run)], [], [])
+    watcher.round(START + 3000)
+    back = START - 3600
+    for step in (2, 3):
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics_line(step, time=back + step)) + "\n")
+        watcher.round(back + step)
+    assert [value for _, value in watcher.store.at("moe_train_step", back + 3)] == [3]
+    assert not [alert for alert in watcher.alerts.active() if alert.rule is STALLED]
+    watcher.round(back + 3000)
+    assert [alert for alert in watcher.alerts.active() if alert.rule is STALLED]
+
+
+def test_an_alert_is_told_again_when_its_cooldown_began_in_the_future(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [metrics_line(1, time=START)])
+    told: list[Alert] = []
+    watcher = build_watcher([str(run)], [], [], [told.append])
+    watcher.round(START + 9000)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(metrics_line(2, time=START + 100)) + "\n")
+    watcher.round(START + 101)
+    watcher.round(START + 300)
+    states = [alert.state for alert in told if alert.rule is STALLED]
+    assert states == [State.FIRING, State.RESOLVED, State.FIRING]
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path: Path) -> None:
+    runs = [str(write_run(tmp_path / folder / "run", [metrics_line(1)])) for folder in "ab"]
+    with pytest.raises(ConfigError, match="several runs are called 'run'"):
+        build_watcher(runs, [], [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--port", "99999"], "cannot listen on 127.0.0.1:99999"), (["--every", "0"], "--every=0 is not allowed")],
+)
+def test_options_that_are_not_allowed_are_refused(options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(options)
+
+
+def test_what_happened_long_ago_is_counted_but_no_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", [metrics_line(step, skipped_steps=1) for step in range(1, 5001)])
+    moments: list[float] = []
+    update = Alerts.update
+    monkeypatch.setattr(Alerts, "update", lambda *args: (moments.append(args[2]), update(*args))[1])
+    watcher = build_watcher([str(run)], [], [])
+    watcher.round(START + 5000)
+    assert min(moments) > START + 4400
+    assert [value for _, value in watcher.store.at("moe_train_skipped_steps", START + 5000)] == [5000]
+
+
+@pytest.mark.parametrize("url", ["https://hooks..example.test/secret", "https://127.0.0.1:1/geheim-\u00e9"])
+def test_a_url_that_cannot_be_asked_ends_no_webhook(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    webhook = Webhook(url)
+    alert = Alert(STALLED, (("run", "wiki"),), State.FIRING, 0.0, 61.0)
+    with caplog.at_level(logging.ERROR):
+        webhook(alert)
+        until(lambda: webhook._queue.empty())
+        webhook.close()
+    assert "did not take TrainingStalled" in caplog.text
+    assert "secret" not in caplog.text
+    assert "geheim" not in caplog.text
+
+
+def test_the_last_alerts_of_a_run_in_an_object_store_are_kept(s3: S3Server) -> None:
+    config = build_config({"train": {"storage": s3.fresh_uri(), "name": "run"}})
+    run = open_storage(config.train.run_uri)
+    with watch_training(run, config):
+        now = time.time()
+        lines = [metrics_line(n, loss_over_best=9.0, skipped_steps=1, time=now + n / 1000) for n in (1, 2)]
+        run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    told = {json.loads(line)["alert"] for line in run.read(ALERTS).splitlines()}
+    assert told >= {"LossExploding", "StepsSkipped"}
+
+
+def test_a_run_without_alerts_has_no_file_of_them(tmp_path: Path) -> None:
+    config = build_config({"train": {"storage": str(tmp_path), "name": "run"}})
+    with watch_training(open_storage(config.train.run_uri), config):
+        pass
+    found = [json.loads(line) for path in tmp_path.rglob(ALERTS) for line in path.read_text().splitlines()]
+    # What else runs on this machine may raise some.
+    assert all(record["component"] == "host" for record in found)
+
+
+@contextmanager
+def no_http() -> Generator[str]:
+    """The address of a server that talks, but not HTTP."""
+
+    class Talk(BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1 << 16)
+            self.request.sendall(b"SSH-2.0-x\r\n")
+
+    with ThreadingTCPServer(("127.0.0.1", 0), Talk) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_an_endpoint_that_talks_no_http_is_not_ready_and_hides_no_other() -> None:
+    with no_http() as url:
+        found = endpoint_samples([url, "http://127.0.0.1:99999"])
+    assert [(sample.labels["app"], sample.value) for sample in found] == [
+        (url, 0.0),
+        ("http://127.0.0.1:99999", 0.0),
+    ]
+
+
+def test_a_loss_of_zero_has_no_ratio() -> None:
+    trend = LossTrend()
+    assert [trend.add(loss) for loss in (0.0, 0.0, None)] == [None, None, None]
