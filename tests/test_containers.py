@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dockerfile_parse import DockerfileParser
 from pydantic import ValidationError
 
 ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
 COMPOSE = ROOT / "cluster" / "compose.yaml"
 NAME_AND_TAG = re.compile(r"(?:[a-z0-9_-]+/)?[a-z0-9_-]+:[a-z0-9$][A-Za-z0-9._${}-]*")
 
@@ -45,7 +47,7 @@ def services() -> dict[str, dict[str, Any]]:
 
 
 def test_hadolint_finds_nothing() -> None:
-    done = subprocess.run(["hadolint", str(ROOT / "Dockerfile")], capture_output=True, text=True)
+    done = subprocess.run([str(BIN / "hadolint"), str(ROOT / "Dockerfile")], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

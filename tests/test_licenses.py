@@ -3,7 +3,9 @@
 import json
 import re
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -77,7 +79,7 @@ def installed(root: str, extras: set[str]) -> set[str]:
 
 def licences() -> dict[str, str]:
     output = subprocess.run(
-        ["pip-licenses", "--format=json", "--with-system", "--from=mixed"],
+        [str(Path(sys.executable).parent / "pip-licenses"), "--format=json", "--with-system", "--from=mixed"],
         check=True,
         capture_output=True,
         text=True,
