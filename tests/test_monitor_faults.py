@@ -82,7 +82,8 @@ def test_options_that_are_not_allowed_are_refused(options: list[str], message: s
 
 
 def test_what_happened_long_ago_is_counted_but_no_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = write_run(tmp_path / "run", [metrics_line(step, skipped_steps=1) for step in range(1, 5001)])
+    lines = [metrics_line(step, skipped_steps=1) for step in range(1, 5001)]
+    run = write_run(tmp_path / "run", lines, steps=10_000)
     moments: list[float] = []
     update = Alerts.update
     monkeypatch.setattr(Alerts, "update", lambda *args: (moments.append(args[2]), update(*args))[1])
@@ -123,6 +124,23 @@ def test_a_run_without_alerts_has_no_file_of_them(tmp_path: Path) -> None:
     found = [json.loads(line) for path in tmp_path.rglob(ALERTS) for line in path.read_text().splitlines()]
     # What else runs on this machine may raise some.
     assert all(record["component"] == "host" for record in found)
+
+
+def test_a_run_that_has_ended_raises_no_alert_until_it_goes_on(tmp_path: Path) -> None:
+    steps = build_config({}).train.steps
+    ill = {"loss_over_best": 9.0, "skipped_steps": 1}
+    run = write_run(
+        tmp_path / "run", [metrics_line(step, time=START + step, **ill) for step in range(1, steps + 1)]
+    )
+    told: list[str] = []
+    watcher = build_watcher([str(run)], [], [], [lambda alert: told.append(alert.rule.name)])
+    for seconds in (1, 40):
+        watcher.round(START + steps + seconds)
+    assert not {"LossExploding", "StepsSkipped"} & set(told)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(metrics_line(steps + 1, time=START + steps + 41, **ill)) + "\n")
+    watcher.round(START + steps + 42)
+    assert {"LossExploding", "StepsSkipped"} <= set(told)
 
 
 @contextmanager
