@@ -169,14 +169,19 @@ def check_storage(uri: str) -> Iterator[Finding]:
 
 
 def check_ports() -> Iterator[Finding]:
-    """Whether the ports that commands take by default are free on this machine."""
+    """Whether the ports that commands take by default are free, or likely taken by the cluster of RAY_ADDRESS."""
+    address = os.environ.get("RAY_ADDRESS")
     for port, owner in _PORTS.items():
         with socket.socket() as probing:
             probing.settimeout(1)
             taken = probing.connect_ex(("127.0.0.1", port)) == 0
-        text = f"{port} ({owner}) is {'taken' if taken else 'free'}"
-        fix = "if that is no process of ours, give another port" if taken else ""
-        yield Finding("ports", "warning" if taken else "ok", text, fix)
+        if taken and address:
+            yield Finding("ports", "ok", f"{port} ({owner}) is in use, perhaps by the cluster {address}")
+        elif taken:
+            fix = "if that is no process of ours, give another port"
+            yield Finding("ports", "warning", f"{port} ({owner}) is taken", fix)
+        else:
+            yield Finding("ports", "ok", f"{port} ({owner}) is free")
 
 
 def check_limits() -> Iterator[Finding]:
