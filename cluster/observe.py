@@ -1,28 +1,23 @@
 """What the monitor observes of a Ray cluster and of endpoints: nodes, replicas, and what Ray's agents report."""
 
+import atexit
 import http.client
-import logging
+import json
+import multiprocessing
+import time
 import urllib.request
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator
 
-import ray
-import ray.exceptions
 from prometheus_client.parser import text_string_to_metric_families
-from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo  # ty: ignore
-from ray.serve.context import _get_global_client
-from ray.serve.schema import DeploymentDetails, ServeInstanceDetails
 
 from moe_ray.telemetry.catalogue import CATALOGUE
 from moe_ray.telemetry.rules import RULES
 from moe_ray.telemetry.samples import Sample
 
 _SECONDS = 5.0
-_REPLICA = "ServeReplica:"
-_UNEXPECTED = NodeDeathInfo.Reason.Value("UNEXPECTED_TERMINATION")
-# Serve ends replicas by other means.
-_DIED = {ActorDiedErrorContext.Reason.Value(name) for name in ("WORKER_DIED", "NODE_DIED")}
+_JOIN_SECONDS = 30.0
+# Ray ends a driver after a minute without its cluster.
+_HUNG_SECONDS = 120.0
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _NAMES = {CATALOGUE[term.metric].exposed_name: term.metric for rule in RULES for term in rule.terms}
 
@@ -40,61 +35,75 @@ def _is_ready(url: str) -> bool:
         return False
 
 
-def join() -> None:
-    """Join the cluster that RAY_ADDRESS names, as a driver that needs nothing of it."""
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-
-
 class ClusterWatch:
-    """Observes the Ray cluster that this process has joined; what died before counts as known."""
+    """Observes the Ray cluster that RAY_ADDRESS names; what died before the first answer counts as known.
+
+    A driver whose cluster goes away hangs for a minute and is then ended by Ray: another process is the driver, is
+    not waited for longer than a few seconds, and is replaced when it ends.
+
+    Attributes:
+        agents: addresses of the nodes' metrics agents, as of the last answer.
+    """
 
     def __init__(self) -> None:
-        self._lost_before = len(_lost_nodes())
-        self._died_before = _dead_replicas()
+        self.agents: list[str] = []
+        self._wait_seconds = _JOIN_SECONDS
+        self._asked_at: float | None = None
+        self._start()
 
     def samples(self) -> list[Sample]:
         """Nodes, and replicas by state.
 
         Raises:
-            OSError: the cluster does not answer.
+            OSError: the cluster does not answer, or not in time.
         """
+        is_hung = self._asked_at is not None and time.monotonic() - self._asked_at > _HUNG_SECONDS
+        if is_hung or not self._driver.is_alive():
+            self._driver.kill()
+            self._driver.join()
+            self._start()
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+            self._pipe.send_bytes(b"samples")
+        wait_seconds, self._wait_seconds = self._wait_seconds, _SECONDS
+        if not self._pipe.poll(wait_seconds):
+            raise TimeoutError(f"Ray has not answered for {time.monotonic() - self._asked_at:.0f} s")
+        self._asked_at = None
         try:
-            alive = sum(node["Alive"] for node in ray.nodes())
-            lost = len(_lost_nodes()) - self._lost_before
-            return [
-                Sample("moe_cluster_nodes", {}, alive),
-                Sample("moe_cluster_nodes_lost", {}, lost),
-                *self._replica_samples(),
-            ]
-        except ray.exceptions.RayError as error:
-            raise OSError(str(error)) from None
+            reply = json.loads(self._pipe.recv_bytes())
+        except EOFError:
+            raise OSError("Ray has ended its driver: the cluster is gone") from None
+        if "error" in reply:
+            raise OSError(reply["error"])
+        self.agents = reply["agents"]
+        return [Sample(*sample) for sample in reply["samples"]]
 
-    def _replica_samples(self) -> Iterator[Sample]:
-        died = _dead_replicas()
-        for app, deployments in _applications().items():
-            states: Counter[str] = Counter({"RUNNING": 0})
-            wanted = 0
-            for deployment in deployments:
-                states.update(replica.state.value for replica in deployment.replicas)
-                wanted += deployment.target_num_replicas or 0
-            yield Sample("moe_cluster_replicas_wanted", {"app": app}, wanted)
-            yield Sample("moe_cluster_replicas_lost", {"app": app}, died[app] - self._died_before[app])
-            for state, count in states.items():
-                yield Sample("moe_cluster_replicas", {"app": app, "state": state}, count)
+    def _start(self) -> None:
+        # Here, so that a monitor without a cluster does not import Ray.
+        from cluster.ray_state import answer
+
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._driver = context.Process(target=answer, args=(theirs,), name="ray-driver", daemon=True)
+        self._driver.start()
+        # While it waits for a cluster it heeds no milder signal.
+        atexit.register(self._driver.kill)
+        # Else the end of the driver would not be noticed.
+        theirs.close()
+        self._asked_at = None
 
 
-def agent_samples() -> list[Sample]:
-    """What the metrics agents of all nodes report of what rules look at.
+def agent_samples(urls: Iterable[str], watched: Collection[str] = ()) -> list[Sample]:
+    """What metrics agents of nodes report of what rules look at.
+
+    Args:
+        watched: runs whose logs are followed: what agents say of them would be counted twice.
 
     Raises:
         OSError: an agent does not answer.
         ValueError: it answers something else than metrics.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
-    return [sample for url in urls for sample in _scrape(url)]
+    return [sample for url in urls for sample in _scrape(url) if sample.labels.get("run") not in watched]
 
 
 def _scrape(url: str) -> Iterator[Sample]:
@@ -105,30 +114,3 @@ def _scrape(url: str) -> Iterator[Sample]:
     for family in text_string_to_metric_families("\n".join(lines) + "\n"):
         for found in family.samples:
             yield Sample(_NAMES[found.name], found.labels, found.value)
-
-
-def _applications() -> dict[str, list[DeploymentDetails]]:
-    # `serve.status()` leaves out how many replicas are wanted.
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        return {}
-    details = ServeInstanceDetails(**client.get_serve_details())
-    return {name: list(app.deployments.values()) for name, app in details.applications.items()}
-
-
-def _lost_nodes() -> list[str]:
-    return [node["NodeID"] for node in ray.nodes() if node["DeathReason"] == _UNEXPECTED]
-
-
-def _dead_replicas() -> Counter[str]:
-    """By application, how many replicas have ever died by themselves or with their node."""
-    actors = ray._private.state.state.actor_table(None, actor_state_name="DEAD")  # ty: ignore
-    return Counter(
-        actor["ActorClassName"].split(":")[1]
-        for actor in actors.values()
-        if actor["ActorClassName"].startswith(_REPLICA) and _has_died(actor["DeathCause"])
-    )
-
-
-def _has_died(cause: Any) -> bool:
-    return cause.HasField("oom_context") or cause.actor_died_error_context.reason in _DIED

@@ -21,6 +21,7 @@ import torch.multiprocessing as processes
 from packaging.requirements import Requirement
 
 from cluster.ingress import find_haproxy
+from cluster.observe import ClusterWatch
 from moe_ray.errors import MoeRayError
 from moe_ray.native.build import NativeUnavailableError, load
 from moe_ray.storage import open_storage
@@ -168,14 +169,19 @@ def check_storage(uri: str) -> Iterator[Finding]:
 
 
 def check_ports() -> Iterator[Finding]:
-    """Whether the ports that commands take by default are free on this machine."""
+    """Whether the ports that commands take by default are free, or likely taken by the cluster of RAY_ADDRESS."""
+    address = os.environ.get("RAY_ADDRESS")
     for port, owner in _PORTS.items():
         with socket.socket() as probing:
             probing.settimeout(1)
             taken = probing.connect_ex(("127.0.0.1", port)) == 0
-        text = f"{port} ({owner}) is {'taken' if taken else 'free'}"
-        fix = "if that is no process of ours, give another port" if taken else ""
-        yield Finding("ports", "warning" if taken else "ok", text, fix)
+        if taken and address:
+            yield Finding("ports", "ok", f"{port} ({owner}) is in use, perhaps by the cluster {address}")
+        elif taken:
+            fix = "if that is no process of ours, give another port"
+            yield Finding("ports", "warning", f"{port} ({owner}) is taken", fix)
+        else:
+            yield Finding("ports", "ok", f"{port} ({owner}) is free")
 
 
 def check_limits() -> Iterator[Finding]:
@@ -219,21 +225,13 @@ def check_cluster() -> Iterator[Finding]:
     if not address:
         yield Finding("cluster", "ok", "RAY_ADDRESS is not set: each command starts a Ray of its own")
         return
-    import ray
-    from ray.exceptions import RayError
-
-    from cluster.observe import join
-
     try:
-        join()
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        cpus = ray.cluster_resources().get("CPU", 0)
-    except (OSError, RayError, RuntimeError, ValueError) as error:
+        (nodes,) = [sample.value for sample in ClusterWatch().samples() if sample.name == "moe_cluster_nodes"]
+    except OSError as error:
         fix = "see `ray status`; source runs/cluster/env sets address and token of the local cluster"
-        yield Finding("cluster", "problem", f"{address}: {str(error).splitlines()[0]}", fix)
+        yield Finding("cluster", "problem", f"{address}: {error}", fix)
     else:
-        yield Finding("cluster", "ok", f"{address}: {len(nodes)} nodes, {cpus:g} CPUs")
-        ray.shutdown()
+        yield Finding("cluster", "ok", f"{address}: {nodes} nodes")
 
 
 INSTALLATION: tuple[Callable[[], Iterator[Finding]], ...] = (

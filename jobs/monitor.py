@@ -22,6 +22,7 @@ from pathlib import Path
 
 import yaml
 
+from cluster.observe import ClusterWatch, agent_samples, endpoint_samples
 from jobs.cli import exit_on_error
 from moe_ray.config import Config, TelemetryConfig, build_config
 from moe_ray.errors import ConfigError
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     webhook = open_webhook(options.webhook_file)
-    watcher = build_watcher(options.runs, options.endpoint, options.folder, [webhook] if webhook else [])
+    watcher = build_watcher(options.runs, options.endpoint, options.folder, [log_alert, *filter(None, [webhook])])
     exporter = Exporter()
     with serve(exporter, options.host, options.port) as port:
         logging.getLogger("moe_ray.monitor").info("http://%s:%d/metrics and /healthz", options.host, port)
@@ -78,17 +79,14 @@ def build_watcher(
         name, probe = config.train.name, StorageProbe(storage.uri)
         observers[f"storage of {name}"] = lambda now, name=name, probe=probe: storage_samples(name, probe)
     if endpoints:
-        # Here, so that a monitor without a cluster does not import Ray.
-        from cluster.observe import endpoint_samples
-
         observers["endpoints"] = lambda now: endpoint_samples(endpoints)
     if os.environ.get("RAY_ADDRESS"):
-        from cluster.observe import ClusterWatch, agent_samples, join
-
-        join()
         watch = ClusterWatch()
-        observers |= {"ray": lambda now: watch.samples(), "agents": lambda now: agent_samples()}
-    return Watcher(IN_PROCESS, [RunWatch(*run) for run in found], observers, [log_alert, *notify])
+        observers |= {
+            "ray": lambda now: watch.samples(),
+            "agents": lambda now: agent_samples(watch.agents, names),
+        }
+    return Watcher(IN_PROCESS, [RunWatch(*run) for run in found], observers, notify)
 
 
 def open_run(given: str) -> tuple[Storage, Config]:

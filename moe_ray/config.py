@@ -212,7 +212,7 @@ class TelemetryConfig(Section):
 
     log_level: LogLevel = Field("info", description="least severe line logged")
     log_levels: dict[str, LogLevel] = Field(
-        {}, description="the same by module, such as {moe_ray.checkpoint: debug}"
+        {}, description="the same by module, such as {moe_ray.training.restore: warning}"
     )
     log_format: Literal["text", "json"] = Field("text", description="readable lines, or an object a line")
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(
@@ -240,7 +240,7 @@ class TelemetryConfig(Section):
             if name.split(".")[0] != "moe_ray":
                 raise ConfigError(
                     f"telemetry.log_levels names {name!r}, which is no module of moe_ray.",
-                    "write for example {moe_ray.checkpoint: debug}.",
+                    "write for example {moe_ray.training.restore: warning}.",
                 )
         if "@" in (self.mlflow_uri or ""):
             raise ConfigError(

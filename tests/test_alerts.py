@@ -14,7 +14,7 @@ from moe_ray.errors import ConfigError
 from moe_ray.telemetry.alerts import Alert, Alerts, State
 from moe_ray.telemetry.conditions import Condition, Term
 from moe_ray.telemetry.health import Status, health
-from moe_ray.telemetry.notify import WEBHOOK_VARIABLE, Webhook, open_webhook
+from moe_ray.telemetry.notify import WEBHOOK_VARIABLE, Webhook, log_alert, open_webhook
 from moe_ray.telemetry.rules import RULES, Rule
 from moe_ray.telemetry.sample_store import SampleStore
 from moe_ray.telemetry.samples import Sample
@@ -153,6 +153,23 @@ def test_a_webhook_gets_json_and_a_busy_server_is_asked_again():
         webhook.close()
     assert bodies[0] == bodies[1]
     assert bodies[0] == FIRING.record() | {"text": "[firing] Loss: loss 9 of a"}
+
+
+def test_what_has_resolved_is_named_and_no_longer_claimed():
+    full = next(rule for rule in RULES if rule.name == "DiskFull")
+    resolved = Alert(full, (("path", "/data"),), State.RESOLVED, 5.0, 0.0)
+    with server([200]) as (url, bodies):
+        webhook = Webhook(url)
+        webhook(resolved)
+        webhook.close()
+    assert (bodies[0]["text"], bodies[0]["summary"]) == ("resolved DiskFull (path=/data)",) * 2
+    assert Alert(LOSS, (), State.RESOLVED, 5.0, 0.0).summary == "resolved Loss"
+
+
+def test_a_resolution_is_logged_with_what_resolved(our_log):
+    with our_log.at_level(logging.INFO, logger="moe_ray"):
+        log_alert(Alert(LOSS, (("run", "a"),), State.RESOLVED, 5.0, 9.0))
+    assert our_log.messages == ["resolved Loss (run=a)"]
 
 
 @pytest.mark.parametrize("statuses", [[302], [403]])

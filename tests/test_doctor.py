@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,7 @@ def test_a_run_that_is_ill_is_a_problem_with_its_fix(tmp_path):
     assert found["about"] == "training"
     assert "LossExploding" in found["text"]
     assert "optim.lr" in found["fix"]
+    assert "moe_ray.telemetry.notify" not in done.stderr
 
 
 def test_storage_that_cannot_be_used_is_a_problem(tmp_path):
@@ -88,6 +90,17 @@ def test_ports_and_limits_and_packages():
     assert {finding.level for finding in check_packages()} == {"ok"}
     assert len(list(check_ports())) == 3
     assert {finding.about for finding in check_limits()} == {"open files", "shared memory"}
+
+
+def test_a_port_in_use_is_a_warning_unless_a_cluster_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr("jobs.checks._PORTS", {taken.getsockname()[1]: "Serve"})
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        (alone,) = check_ports()
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+        (beside,) = check_ports()
+    assert (alone.level, beside.level, beside.fix) == ("warning", "ok", "")
+    assert "in use, perhaps by the cluster 127.0.0.1:6379" in beside.text
 
 
 def test_the_snippet_for_prometheus_names_what_is_there():

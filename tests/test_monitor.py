@@ -79,7 +79,7 @@ def test_the_monitor_serves_health_and_metrics_and_ends_by_a_signal(tmp_path):
         monitor.wait()
     assert monitor.returncode == 0
     assert log.count("LossExploding: the loss of run run is 2.00 times") == 1
-    assert log.count("resolved: LossExploding") == 1
+    assert log.count("resolved LossExploding (run=run)") == 1
 
 
 @pytest.mark.parametrize(

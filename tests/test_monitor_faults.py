@@ -2,6 +2,11 @@
 
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Generator
@@ -9,9 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from socketserver import BaseRequestHandler, ThreadingTCPServer
 
+import httpx
 import pytest
+from prometheus_client import CollectorRegistry, Counter, start_http_server
 
-from cluster.observe import endpoint_samples
+from cluster.local import LocalCluster
+from cluster.observe import agent_samples, endpoint_samples
 from jobs.monitor import build_watcher, main
 from moe_ray.config import build_config
 from moe_ray.errors import ConfigError
@@ -22,6 +30,7 @@ from moe_ray.telemetry.rules import RULES
 from moe_ray.telemetry.run_log import ALERTS
 from moe_ray.telemetry.watcher import watch_training
 from moe_ray.training.measure import LossTrend
+from tests.conftest import free_port
 from tests.made_runs import START, metrics_line, write_run
 from tests.s3_server import S3Server
 from tests.waiting import until
@@ -73,7 +82,8 @@ def test_options_that_are_not_allowed_are_refused(options: list[str], message: s
 
 
 def test_what_happened_long_ago_is_counted_but_no_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = write_run(tmp_path / "run", [metrics_line(step, skipped_steps=1) for step in range(1, 5001)])
+    lines = [metrics_line(step, skipped_steps=1) for step in range(1, 5001)]
+    run = write_run(tmp_path / "run", lines, steps=10_000)
     moments: list[float] = []
     update = Alerts.update
     monkeypatch.setattr(Alerts, "update", lambda *args: (moments.append(args[2]), update(*args))[1])
@@ -116,6 +126,23 @@ def test_a_run_without_alerts_has_no_file_of_them(tmp_path: Path) -> None:
     assert all(record["component"] == "host" for record in found)
 
 
+def test_a_run_that_has_ended_raises_no_alert_until_it_goes_on(tmp_path: Path) -> None:
+    steps = build_config({}).train.steps
+    ill = {"loss_over_best": 9.0, "skipped_steps": 1}
+    run = write_run(
+        tmp_path / "run", [metrics_line(step, time=START + step, **ill) for step in range(1, steps + 1)]
+    )
+    told: list[str] = []
+    watcher = build_watcher([str(run)], [], [], [lambda alert: told.append(alert.rule.name)])
+    for seconds in (1, 40):
+        watcher.round(START + steps + seconds)
+    assert not {"LossExploding", "StepsSkipped"} & set(told)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(metrics_line(steps + 1, time=START + steps + 41, **ill)) + "\n")
+    watcher.round(START + steps + 42)
+    assert {"LossExploding", "StepsSkipped"} <= set(told)
+
+
 @contextmanager
 def no_http() -> Generator[str]:
     """The address of a server that talks, but not HTTP."""
@@ -142,6 +169,69 @@ def test_an_endpoint_that_talks_no_http_is_not_ready_and_hides_no_other() -> Non
         (url, 0.0),
         ("http://127.0.0.1:99999", 0.0),
     ]
+
+
+def test_what_agents_say_of_a_run_that_is_followed_is_not_counted_again(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    events = Counter("ray_moe_train_events", "Failures.", ["run", "event"], registry=registry)
+    for run in ("wiki", "other"):
+        events.labels(run, "failure").inc(4)
+    server, thread = start_http_server(0, "127.0.0.1", registry)
+    try:
+        found = agent_samples([f"http://127.0.0.1:{server.server_port}/metrics"], ["wiki"])
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert [(sample.name, sample.labels["run"], sample.value) for sample in found] == [
+        ("moe_train_events", "other", 4)
+    ]
+
+
+@pytest.mark.cluster
+def test_a_ray_head_that_goes_away_is_an_alert_and_endpoints_are_still_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cluster = LocalCluster(Path(tempfile.mkdtemp(prefix="mr-", dir="/tmp")))
+    now = time.time()
+    try:
+        for name, value in cluster.environment(cluster.start(num_cpus=1, proxy="plain")).items():
+            monkeypatch.setenv(name, value)
+        watcher = build_watcher([], [f"http://127.0.0.1:{free_port()}"], [])
+        watcher.round(now)
+        assert [value for _, value in watcher.store.at("moe_cluster_nodes", now)] == [1]
+    finally:
+        cluster.stop()
+    for seconds in (1, 40):
+        watcher.round(now + seconds)
+    firing = {(alert.rule.name, dict(alert.labels).get("source")) for alert in watcher.alerts.active()}
+    assert firing >= {("EndpointNotReady", None), ("MonitorBlind", "ray"), ("MonitorBlind", "agents")}
+    assert not list(watcher.store.at("moe_cluster_nodes", now + 400))
+
+
+@pytest.mark.cluster
+def test_a_ray_that_is_not_there_holds_no_monitor_up(tmp_path: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "jobs/monitor.py", "--port", str(port), "--every", "0.2"]
+    environment = {**os.environ, "RAY_ADDRESS": f"127.0.0.1:{free_port()}"}
+    monitor = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+    def sources() -> set[str]:
+        try:
+            alerts = httpx.get(f"http://127.0.0.1:{port}/healthz").json()["components"]["monitor"]["alerts"]
+        except (httpx.TransportError, KeyError):
+            return set()
+        return {alert["labels"]["source"] for alert in alerts}
+
+    try:
+        until(lambda: sources() == {"ray"}, seconds=120)
+        monitor.send_signal(signal.SIGTERM)
+        _, log = monitor.communicate(timeout=30)
+    finally:
+        monitor.kill()
+        monitor.wait()
+    assert monitor.returncode == 0
+    assert "MonitorBlind: the monitor cannot observe ray" in log
 
 
 def test_a_loss_of_zero_has_no_ratio() -> None:

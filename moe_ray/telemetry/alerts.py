@@ -37,7 +37,10 @@ class Alert:
 
     @property
     def summary(self) -> str:
-        """One line with the value."""
+        """One line with the value; of one that has resolved only whose it was, as the rest no longer holds."""
+        if self.state is State.RESOLVED:
+            labels = ", ".join(f"{name}={value}" for name, value in self.labels)
+            return f"resolved {self.rule.name}" + (f" ({labels})" if labels else "")
         # Over nothing, such as requests that wait where none runs; as Prometheus writes it.
         value = "+Inf" if self.value == math.inf else f"{self.value:.{self.rule.digits}f}"
         return self.rule.summary.format(value=value, **dict(self.labels))

@@ -26,7 +26,7 @@ Notify = Callable[[Alert], None]
 def log_alert(alert: Alert) -> None:
     """A line in the log, with the action while it fires."""
     if alert.state is State.RESOLVED:
-        _logger.info("resolved: %s", alert.rule.name)
+        _logger.info("%s", alert.summary)
         return
     level = logging.ERROR if alert.rule.severity == "critical" else logging.WARNING
     _logger.log(level, "%s: %s. Fix: %s", alert.rule.name, alert.summary, alert.rule.action)
@@ -70,8 +70,9 @@ class Webhook:
             self._send(alert)
 
     def _send(self, alert: Alert) -> None:
-        text = alert.rule.name if alert.state is State.RESOLVED else f"{alert.rule.name}: {alert.summary}"
-        body = json.dumps({"text": f"[{alert.state}] {text}", **alert.record()}).encode()
+        is_over = alert.state is State.RESOLVED
+        text = alert.summary if is_over else f"[{alert.state}] {alert.rule.name}: {alert.summary}"
+        body = json.dumps({"text": text, **alert.record()}).encode()
         reason = ""
         for pause in (*_PAUSES, None):
             try:

@@ -22,7 +22,7 @@ _JUDGED = {term.metric for rule in RULES for term in rule.terms if CATALOGUE[ter
 
 
 class RunWatch:
-    """Follows the logs of one run.
+    """Follows the logs of one run; of one that has all its steps already it tells only what comes after.
 
     Args:
         since: what was logged until then, in Unix seconds, is not told.
@@ -38,6 +38,7 @@ class RunWatch:
         self._seen = since
         self._unsaid: list[dict[str, Any]] = []
         self._at = float("-inf")
+        self._is_over = self._is_counted = False
 
     def observe(self, store: SampleStore, now: float, told: Callable[[float], object] = lambda time: None) -> None:
         """Add what was logged since the last call; what the newest record says stays so until now.
@@ -51,21 +52,32 @@ class RunWatch:
         """
         # Before, the clock may have been set back.
         self._at, self._seen = min(self._at, now), min(self._seen, now)
-        for item in self._news():
+        items = self._news()
+        if self._at == self._seen == float("-inf"):
+            self._is_over = any(item.get("step", 0) >= self._config.train.steps for item in items if is_step(item))
+        elif items:
+            self._is_over = False
+        if self._is_over:
+            for item in items:
+                self._take(item)
+            self._at = now
+            return
+        for item in items:
             at = min(max(item["time"], self._at), now)
             if at <= now - KEPT_SECONDS:
                 self._take(item)
                 continue
-            if self._at == float("-inf"):
+            if not self._is_counted:
                 # Before it was counted, nothing was: the first count is an increase too.
                 store.add(at - 1e-3, self._counts())
             self._take(item)
+            self._is_counted = True
             self._seen = min(item["time"], now)
             store.add(at, [*self._gauges, *self._counts()])
             self._at = at
             if at > now - _REPLAYED_SECONDS:
                 told(at)
-        self._at = now
+        self._at, self._is_counted = now, True
         store.add(self._at, [*self._gauges, *self._counts()])
 
     def _news(self) -> list[dict[str, Any]]:

@@ -205,6 +205,8 @@ def _events(snapshot: Snapshot) -> list[Text]:
         told = [event.get("alert"), event["summary"]] if "summary" in event else None
         rest = [f"{name} {value}" for name, value in event.items() if name not in ("event", "time")]
         text = f"{when:%H:%M:%S} {event['event']}  {', '.join(map(str, told or rest))}"
+        if told and event["event"] == "resolved":
+            text = f"{when:%H:%M:%S} {event['summary']}"
         style = "red" if event["event"] in ("failure", "alert") else ""
         lines.append(Text(one_line(text), style=style, no_wrap=True, overflow="ellipsis"))
     return lines

@@ -127,10 +127,11 @@ def _describe(event: Mapping[str, Any]) -> str:
         text = f"a failure of rank {ranks}: {rest.pop('reason')}"
         text += "" if rest.pop("retry", True) else ", after which the run gave up"
         rest.pop("saved_step", None)
-    elif kind in ("alert", "resolved") and "summary" in rest:
-        verb = "resolved" if kind == "resolved" else str(rest.get("severity", "alert"))
-        action = f" {rest['action']}" if kind == "alert" and "action" in rest else ""
-        return f"{rest.get('alert', '')} {verb}: {rest['summary']}{action}"
+    elif kind == "alert" and "summary" in rest:
+        action = f" {rest['action']}" if "action" in rest else ""
+        return f"{rest.get('alert', '')} {rest.get('severity', 'alert')}: {rest['summary']}{action}"
+    elif kind == "resolved" and "summary" in rest:
+        return str(rest["summary"])
     elif kind == "drain":
         text = f"notice that {rest.pop('nodes', 'some')} nodes leave"
     else:
