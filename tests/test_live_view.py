@@ -76,7 +76,7 @@ def test_frame_tells_how_a_run_does(tmp_path: Path) -> None:
     save(run, 12)
     frame = text_of(RunTail(open_storage(run), "night").look(START + 51))
     for part in (
-        "night  2 workers, ep=2  training",
+        "night  2 workers, ep=2  training  started 2 times",
         "step 20/20  100%  ETA 0:00:00",
         "◆ held-out 5.100 at step 8",
         "1,000 tokens/s",

@@ -26,7 +26,7 @@ from moe_ray.storage import open_storage
 from moe_ray.telemetry.history import read_history
 from tests.analyses import make_analysis
 from tests.browser import opened
-from tests.made_runs import metrics_line, restarted, write_run
+from tests.made_runs import START, metrics_line, restarted, write_run
 from tests.tiny import copy_corpus, tiny_settings
 from tests.tiny import run as train
 
@@ -103,8 +103,7 @@ def test_summary_answers_with_pictures(tmp_path: Path) -> None:
     assert "4 of 8 experts prefer a domain significantly" in sentences["by-domain"]
     assert "backward 55%, forward 33%, expert dispatch 11%" in sentences["time-shares"]
     assert sentences["timeline"] == (
-        "It restarted once: from step 8 (4 steps were done again) after a failure of rank 1: its process or node "
-        "died."
+        "It restarted once: from step 8 (4 steps done again) after a failure of rank 1: its process or node died."
     )
     assert sentences.keys() <= figures(page).keys()
 
@@ -115,6 +114,26 @@ def test_events_stand_at_the_steps_that_were_kept(tmp_path: Path) -> None:
     assert "Stalled warning: no step." in str(page)
     (marks,) = {json.dumps(layer["data"]["values"]) for layer in layers[1:]}
     assert [(mark["step"], mark["letter"]) for mark in json.loads(marks)] == [(0, "S"), (8, "FS"), (18, "A")]
+
+
+def test_restarts_that_logged_no_step_count_and_steps_that_were_not_logged_may_be_done_again(
+    tmp_path: Path,
+) -> None:
+    events: list[dict] = [{"event": "start", "time": START, "workers": 2}]
+    for time in (25, 50, 60):
+        failure = {"event": "failure", "time": START + time, "reason": "lost", "ranks": [0], "saved_step": 20}
+        events += [failure, {"event": "start", "time": START + time + 5, "workers": 2}]
+    again = {"resumed_step": 20, "redone_steps": 0}
+    lines = [metrics_line(10), metrics_line(20), metrics_line(30, time=START + 80, **again)]
+    run = write_run(tmp_path, lines, events, log_every=10)
+    page = run_page(read_run(str(run)))
+    (text,) = [finding.text for finding in page.findings if finding.id == "timeline"]
+    lost = "from step 20 (it logged no step) after a failure of rank 0: lost"
+    last = "from step 20 (up to 9 steps done again) after a failure of rank 0: lost"
+    assert text == f"It restarted 3 times: {lost}; {lost}; {last}."
+    assert "went on from step 20; up to 9 steps done again" in str(page)
+    (run / "events.jsonl").unlink()
+    assert "It restarted once: from step 20 (up to 9" in str(run_page(read_run(str(run))).findings)
 
 
 def test_page_says_what_is_missing_and_why(tmp_path: Path) -> None:

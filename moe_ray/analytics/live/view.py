@@ -70,7 +70,7 @@ def _head(snapshot: Snapshot, width: int) -> Text:
     name.truncate(max(8, width - 40), overflow="ellipsis")
     text.append_text(name)
     if newest is None:
-        return text
+        return text.append(_restarts(snapshot))
     world, ep = newest.get("world_size"), newest.get("ep")
     text.append(f"  {world} workers, ep={ep}" if is_number(world) and is_number(ep) else "")
     silent = snapshot.time - newest.get("time", snapshot.time)
@@ -81,7 +81,13 @@ def _head(snapshot: Snapshot, width: int) -> Text:
         text.append(f"  silent for {_ago(silent)}", style="bold red")
     else:
         text.append("  training", style="green")
-    return text
+    return text.append(_restarts(snapshot))
+
+
+def _restarts(snapshot: Snapshot) -> str:
+    """How often workers started again, whether or not they logged a step."""
+    starts = sum(event["event"] == "start" for event in snapshot.events)
+    return f"  started {starts} times" if starts > 1 else ""
 
 
 def _progress(snapshot: Snapshot, width: int) -> Table:

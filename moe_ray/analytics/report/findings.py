@@ -97,20 +97,20 @@ def _time(run: Run) -> list[Finding]:
 
 
 def _restarts(run: Run) -> list[Finding]:
-    if run.steps is None:
+    if run.steps is None and not run.restarts:
         return []
     if not run.restarts:
         return [Finding("It never restarted from a checkpoint.", "timeline")]
     each = [
-        f"from step {restart.step}"
-        + (f" ({restart.redone} steps were done again)" if restart.redone else " (no step was done again)")
+        ("" if restart.step is None else f"from step {restart.step} ")
+        + f"({restart.told(run.log_every)})"
         + (f" after {restart.reason}" if restart.reason else "")
         for restart in run.restarts[:_MOST_RESTARTS]
     ]
     count = len(run.restarts)
     rest = f"; {count - len(each)} more are listed" if count > len(each) else ""
     text = f"It restarted {'once' if count == 1 else f'{count} times'}: {'; '.join(each)}{rest}."
-    return [Finding(text, "timeline")]
+    return [Finding(text, "timeline" if run.steps is not None else "event-table")]
 
 
 def _trouble(run: Run) -> list[Finding]:

@@ -54,6 +54,11 @@ class Run:
         return self.config.train.steps if self.config is not None else None
 
     @property
+    def log_every(self) -> int | None:
+        """Steps from one logged step to the next, at most."""
+        return self.config.train.log_every if self.config is not None else None
+
+    @property
     def axis_marks(self) -> list[Mark]:
         """The events drawn over charts."""
         return on_axes(self.marks)
@@ -77,8 +82,9 @@ def read_run(uri: str) -> Run:
     content = storage.read(CONFIG) if storage.exists(CONFIG) else b""
     settings = _parse(content)
     history = read_history(storage, most_layers=_layer_rows(settings))
-    marks = marks_of(read_events(storage), history)
-    return Run(name, settings, _config(settings), history, marks, restarts_of(history, marks))
+    events = read_events(storage)
+    marks, restarts = marks_of(events, history), restarts_of(events, history)
+    return Run(name, settings, _config(settings), history, marks, restarts)
 
 
 def open_run(uri: str) -> tuple[Storage, str]:

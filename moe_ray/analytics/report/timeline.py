@@ -1,8 +1,11 @@
 """When a run trained: its steps over time of day, and what happened to it."""
 
+import math
+
 import numpy as np
 
-from moe_ray.analytics.report.parts import Figure, Missing, Part, Table
+from moe_ray.analytics.report.events import Restart, utc
+from moe_ray.analytics.report.parts import Cell, Figure, Missing, Part, Table
 from moe_ray.analytics.report.run import Run
 from moe_ray.analytics.report.spec import COLOURS
 
@@ -56,19 +59,21 @@ def _timeline(run: Run) -> Figure:
 
 
 def _table(run: Run) -> Table:
-    rows = [(mark.step, mark.letter, mark.when, mark.text) for mark in run.marks]
-    rows += [
-        (
-            restart.step,
-            "",
-            "",
-            f"went on from step {restart.step}; {restart.redone} steps were done again; loading took "
-            f"{restart.restore_seconds:.1f} s",
-        )
-        for restart in run.restarts
+    timed: list[tuple[float, tuple[Cell, ...]]] = [
+        (mark.time or 0.0, (mark.step, mark.letter, mark.when, mark.text)) for mark in run.marks
     ]
-    rows.sort(key=lambda row: row[0])
+    timed += [
+        (restart.time, (restart.step, "", utc(restart.time), _went_on(run, restart)))
+        for restart in run.restarts
+        if restart.redone is not None
+    ]
+    rows = [row for _, row in sorted(timed, key=lambda item: item[0])]
     note = "A step is the last one that was logged, and kept, before the event."
     if len(rows) > _MOST_EVENTS:
         note += f" The first {_MOST_EVENTS} of {len(rows):,}."
     return Table(("step", "letter", "UTC", "event"), rows[:_MOST_EVENTS], "What happened", note, "event-table")
+
+
+def _went_on(run: Run, restart: Restart) -> str:
+    text = f"went on from step {restart.step}; {restart.told(run.log_every)}"
+    return text if math.isnan(restart.restore_seconds) else f"{text}; loading took {restart.restore_seconds:.1f} s"
