@@ -136,6 +136,38 @@ def test_restarts_that_logged_no_step_count_and_steps_that_were_not_logged_may_b
     assert "It restarted once: from step 20 (up to 9" in str(run_page(read_run(str(run))).findings)
 
 
+def test_alerts_come_first_in_the_summary(tmp_path: Path) -> None:
+    alert = {"event": "alert", "severity": "critical", "labels": {"run": "a"}, "action": "raise the weight."}
+    collapse = {**alert, "alert": "ExpertCollapse", "summary": "its worst layer has 0.73 of the largest imbalance"}
+    events = [
+        {**alert, "time": START + 5, "alert": "LossRising", "summary": "the loss rises"},
+        {**alert, "time": START + 8, "alert": "LossRising", "summary": "the loss rises", "event": "resolved"},
+        {**collapse, "time": START + 12},
+    ]
+    run = write_run(tmp_path / "run", [metrics_line(step) for step in range(1, 21)], events)
+    told = (
+        "ExpertCollapse (critical) at step 12: its worst layer has 0.73 of the largest imbalance. It has not "
+        "resolved. What helps: raise the weight."
+    )
+    page = run_page(read_run(str(run)))
+    assert page.findings[0].text == told
+    assert "LossRising (critical) at step 5: the loss rises. It resolved at step 8." in page.findings[1].text
+    sound = write_run(tmp_path / "sound", [metrics_line(1)])
+    both = comparison_page([read_run(str(sound)), read_run(str(run))])
+    assert (both.findings[0].text, both.findings[0].id) == (f"run: {told}", "events-2")
+    assert missing(both)["Events"].startswith("None")
+
+
+def test_collapse_without_an_alert_is_told(tmp_path: Path) -> None:
+    lines = [metrics_line(step, collapse_by_layer=[0.2, ratio]) for step, ratio in ((1, 0.9), (2, 0.8))]
+    page = run_page(read_run(str(write_run(tmp_path / "run", lines))))
+    assert page.findings[0].text.startswith("The experts have collapsed: layer 1 has 0.80 of the largest")
+    assert "load_balancing_loss_weight" in page.findings[0].text
+    healed = [*lines, metrics_line(3, collapse_by_layer=[0.2, 0.6])]
+    page = run_page(read_run(str(write_run(tmp_path / "healed", healed))))
+    assert "collapsed" not in str(page.findings)
+
+
 def test_page_says_what_is_missing_and_why(tmp_path: Path) -> None:
     begun = run_page(read_run(str(write_run(tmp_path / "begun", []))))
     assert missing(begun)["Loss"] == "The run has not logged a step yet."

@@ -88,15 +88,18 @@ def utc(time: float | None) -> str:
 
 def marks_of(events: Sequence[Mapping[str, Any]], history: History) -> list[Mark]:
     """All events, oldest first."""
-    times, steps = history.column("time"), history.column("step")
     marks = []
     for event in events:
         kind, time = str(event["event"]), time_of(event) or None
-        index = int(np.searchsorted(times, time or 0.0, side="right"))
-        step = int(steps[index - 1]) if index else 0
         letter = _LETTERS.get(kind, kind[:1].upper() or "?")
-        marks.append(Mark(step, letter, kind, _describe(event), time))
+        marks.append(Mark(step_at(history, time), letter, kind, _describe(event), time))
     return marks
+
+
+def step_at(history: History, time: float | None) -> int:
+    """The last step that was logged, and kept, before a time; 0 without one."""
+    index = int(np.searchsorted(history.column("time"), time or 0.0, side="right"))
+    return int(history.column("step")[index - 1]) if index else 0
 
 
 def on_axes(marks: Sequence[Mark]) -> list[Mark]:

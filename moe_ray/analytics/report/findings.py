@@ -4,17 +4,20 @@ import math
 
 import numpy as np
 
+from moe_ray.analytics.report.alerts import untold_collapse
 from moe_ray.analytics.report.parts import Finding
 from moe_ray.analytics.report.run import Run
 from moe_ray.analytics.report.speed import phase_shares
 
 _MOST_PREFERENCES = 3
 _MOST_RESTARTS = 4
+_MOST_ALERTS = 5
 
 
 def findings_of(run: Run) -> list[Finding]:
     """Sentences about one run."""
     return [
+        *alerts_told(run),
         *_progress(run),
         *_loss(run),
         *_balance(run),
@@ -23,6 +26,16 @@ def findings_of(run: Run) -> list[Finding]:
         *_restarts(run),
         *_trouble(run),
     ]
+
+
+def alerts_told(run: Run) -> list[Finding]:
+    """Sentences about what went wrong, which come before all others."""
+    place = "timeline" if run.steps is not None else "event-table"
+    findings = [Finding(alert.told, place) for alert in run.alerts[:_MOST_ALERTS]]
+    if len(run.alerts) > _MOST_ALERTS:
+        findings.append(Finding(f"{len(run.alerts) - _MOST_ALERTS} more alerts are listed.", place))
+    collapse = untold_collapse(run.alerts, run.history, run.layers)
+    return [Finding(collapse, "load-cv"), *findings] if collapse else findings
 
 
 def _progress(run: Run) -> list[Finding]:

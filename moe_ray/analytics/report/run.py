@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 
 from moe_ray.analytics.analysis import Analysis
+from moe_ray.analytics.report.alerts import RaisedAlert, alerts_of
 from moe_ray.analytics.report.events import Mark, Restart, marks_of, on_axes, restarts_of
 from moe_ray.analytics.report.parts import Sample
 from moe_ray.config import Config, build_config
@@ -27,6 +28,7 @@ class Run:
         settings: `config.yaml` as it stands; empty if it is missing or damaged.
         config: the same, if this version understands it.
         marks: all that happened to its workers.
+        alerts: that it raised; those that still fire come first.
         analysis: of its newest checkpoints; None if there is none.
         why_not: why there is no analysis.
         samples: texts of its newest checkpoint.
@@ -38,6 +40,7 @@ class Run:
     history: History
     marks: Sequence[Mark]
     restarts: Sequence[Restart]
+    alerts: Sequence[RaisedAlert] = ()
     analysis: Analysis | None = None
     why_not: str = ""
     samples: Sequence[Sample] = ()
@@ -84,7 +87,7 @@ def read_run(uri: str) -> Run:
     history = read_history(storage, most_layers=_layer_rows(settings))
     events = read_events(storage)
     marks, restarts = marks_of(events, history), restarts_of(events, history)
-    return Run(name, settings, _config(settings), history, marks, restarts)
+    return Run(name, settings, _config(settings), history, marks, restarts, alerts_of(events, history))
 
 
 def open_run(uri: str) -> tuple[Storage, str]:

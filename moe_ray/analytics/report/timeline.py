@@ -21,7 +21,7 @@ def event_parts(run: Run) -> list[Part]:
     parts: list[Part] = [_timeline(run)] if run.steps is not None else []
     if not run.marks and not run.restarts:
         return [*parts, Missing("Events", "None: there is no events.jsonl, and the steps show no restart.")]
-    return [*parts, _table(run)]
+    return [*parts, event_table(run, "event-table")]
 
 
 def _timeline(run: Run) -> Figure:
@@ -58,7 +58,8 @@ def _timeline(run: Run) -> Figure:
     return Figure("timeline", "Steps over time", text, spec, Table(("first step", "last step", "restarts"), rows))
 
 
-def _table(run: Run) -> Table:
+def event_table(run: Run, id: str) -> Table:
+    """All events and restarts, with the id that it has in the page."""
     timed: list[tuple[float, tuple[Cell, ...]]] = [
         (mark.time or 0.0, (mark.step, mark.letter, mark.when, mark.text)) for mark in run.marks
     ]
@@ -71,7 +72,7 @@ def _table(run: Run) -> Table:
     note = "A step is the last one that was logged, and kept, before the event."
     if len(rows) > _MOST_EVENTS:
         note += f" The first {_MOST_EVENTS} of {len(rows):,}."
-    return Table(("step", "letter", "UTC", "event"), rows[:_MOST_EVENTS], "What happened", note, "event-table")
+    return Table(("step", "letter", "UTC", "event"), rows[:_MOST_EVENTS], "What happened", note, id)
 
 
 def _went_on(run: Run, restart: Restart) -> str:
