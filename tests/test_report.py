@@ -168,6 +168,44 @@ def test_collapse_without_an_alert_is_told(tmp_path: Path) -> None:
     assert "collapsed" not in str(page.findings)
 
 
+def test_events_are_told_in_sentences(tmp_path: Path) -> None:
+    alert = {"event": "alert", "alert": "DiskFull", "severity": "warning", "summary": "the disk fills"}
+    events = [
+        {"event": "start", "time": START, "workers": 1},
+        {"event": "failure", "time": START + 1, "reason": "No space left on device.", "ranks": [0]},
+        {"event": "start", "time": START + 2, "workers": 2},
+        {**alert, "time": START + 3, "action": "free some."},
+    ]
+    run = read_run(str(write_run(tmp_path, [metrics_line(1, dead_experts=1)], events)))
+    assert [mark.text for mark in run.marks] == [
+        "1 worker starts",
+        "a failure of rank 0: No space left on device",
+        "2 workers start",
+        "DiskFull warning: the disk fills. What helps: free some.",
+    ]
+    text = str(run_page(run).findings)
+    assert "device." in text
+    assert "device.." not in text
+    assert "1 expert had no token" in text
+
+
+def test_axes_of_time_tell_seconds_of_short_runs(tmp_path: Path) -> None:
+    def label(seconds: float) -> str:
+        lines = [metrics_line(1), metrics_line(2, time=START + seconds)]
+        page = run_page(read_run(str(write_run(tmp_path / str(seconds), lines))))
+        return figures(page)["timeline"].spec["layer"][0]["encoding"]["x"]["axis"]["format"]
+
+    assert [label(seconds) for seconds in (60, 7200, 200_000)] == ["%H:%M:%S", "%H:%M", "%m-%d %H:%M"]
+
+
+def test_collapse_is_measured_against_always_the_same_choices(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [metrics_line(1)])
+    assert (
+        "1.73 (always the same 2 of 8 experts) is collapse"
+        in figures(run_page(read_run(str(run))))["load-cv"].text
+    )
+
+
 def test_page_says_what_is_missing_and_why(tmp_path: Path) -> None:
     begun = run_page(read_run(str(write_run(tmp_path / "begun", []))))
     assert missing(begun)["Loss"] == "The run has not logged a step yet."
@@ -333,6 +371,8 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert Path(place).stat().st_size < MOST_BYTES
     assert page.title == "night (1), night (2)"
     lines = figures(page)["compare-loss"].spec["layer"][0]["data"]["values"]
+    for name in ("compare-tokens-per-second", "compare-load-cv"):
+        assert figures(page)[name].spec["layer"][0]["layer"][0]["encoding"]["y"]["scale"] == {"zero": True}
     assert {point["series"] for point in lines} == {"night (1)", "night (2)"}
 
 

@@ -72,7 +72,8 @@ def _head(snapshot: Snapshot, width: int) -> Text:
     if newest is None:
         return text.append(_restarts(snapshot))
     world, ep = newest.get("world_size"), newest.get("ep")
-    text.append(f"  {world} workers, ep={ep}" if is_number(world) and is_number(ep) else "")
+    if is_number(world) and is_number(ep):
+        text.append(f"  {world} worker{'' if world == 1 else 's'}, ep={ep}")
     silent = snapshot.time - newest.get("time", snapshot.time)
     expected = 3 * _recent_seconds(snapshot.records) * _log_every(snapshot.records)
     if snapshot.is_finished:

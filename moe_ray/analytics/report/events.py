@@ -171,21 +171,24 @@ def _describe(event: Mapping[str, Any]) -> str:
     rest = {name: value for name, value in event.items() if name not in ("event", "time")}
     kind = str(event["event"])
     if kind == "start" and "workers" in rest:
-        text = f"{rest.pop('workers')} workers start"
+        count = rest.pop("workers")
+        text = "1 worker starts" if count == 1 else f"{count} workers start"
     elif kind == "resize" and "workers" in rest:
-        text = f"a change to {rest.pop('workers')} workers"
+        count = rest.pop("workers")
+        text = f"a change to {count} worker{'' if count == 1 else 's'}"
     elif kind == "failure" and "reason" in rest:
         ranks = rest.pop("ranks", None) or ["unknown"]
         ranks = ", ".join(map(str, ranks if isinstance(ranks, list) else [ranks]))
-        text = f"a failure of rank {ranks}: {rest.pop('reason')}"
+        text = f"a failure of rank {ranks}: {str(rest.pop('reason')).rstrip('.')}"
         text += "" if rest.pop("retry", True) else ", after which the run gave up"
         rest.pop("saved_step", None)
     elif kind in ("alert", "resolved") and "summary" in rest:
         verb = "resolved" if kind == "resolved" else str(rest.get("severity", "alert"))
-        action = f" {rest['action']}" if kind == "alert" and "action" in rest else ""
-        return f"{rest.get('alert', '')} {verb}: {rest['summary']}{action}"
+        action = f" What helps: {rest['action']}" if kind == "alert" and "action" in rest else ""
+        return f"{rest.get('alert', '')} {verb}: {str(rest['summary']).rstrip('.')}.{action}"
     elif kind == "drain":
-        text = f"notice that {rest.pop('nodes', 'some')} nodes leave"
+        count = rest.pop("nodes", "some")
+        text = f"notice that {count} node{' leaves' if count == 1 else 's leave'}"
     else:
         text = kind
     return "; ".join([text, *(f"{name.replace('_', ' ')} {value}" for name, value in rest.items())])

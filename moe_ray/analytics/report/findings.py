@@ -68,10 +68,11 @@ def _balance(run: Run) -> list[Finding]:
     cv_L = cv_ML[-1]
     worst = int(np.argmax(cv_L))
     load_E = load_MLE[-1, worst] * load_MLE.shape[2]
+    least = f"{load_E.min():.1f} times its own" if load_E.min() >= 0.05 else "next to nothing"
     text = (
         f"Layer {run.layers[worst]} has the least balanced experts: load CV {cv_L[worst]:.2f} at the last logged "
         f"step, where the best layer has {cv_L.min():.2f}. Its expert {int(load_E.argmax())} gets "
-        f"{load_E.max():.1f} times its fair share, expert {int(load_E.argmin())} {load_E.min():.1f} times."
+        f"{load_E.max():.1f} times its fair share, expert {int(load_E.argmin())} {least}."
     )
     return [Finding(text, "load")]
 
@@ -131,14 +132,17 @@ def _trouble(run: Run) -> list[Finding]:
     skipped = float(np.nansum(run.history.column("skipped_steps")))
     if skipped:
         findings.append(
-            Finding(f"{skipped:.0f} steps were skipped because they were not finite.", "gradient-norm")
+            Finding(f"{_were(skipped, 'step')} skipped because of values that were not finite.", "gradient-norm")
         )
     dead = run.history.last("dead_experts") or 0.0
     if dead and math.isfinite(dead):
-        findings.append(
-            Finding(f"{dead:.0f} experts had no token at the last logged step.", "dead-experts-by-layer")
-        )
+        text = f"{dead:.0f} expert{'' if dead == 1 else 's'} had no token at the last logged step."
+        findings.append(Finding(text, "dead-experts-by-layer"))
     if run.history.damaged:
-        text = f"{run.history.damaged} lines of metrics.jsonl are unfinished or damaged and were left out."
+        text = f"{_were(run.history.damaged, 'line')} left out of metrics.jsonl: unfinished or damaged."
         findings.append(Finding(text, "settings"))
     return findings
+
+
+def _were(count: float, what: str) -> str:
+    return f"1 {what} was" if count == 1 else f"{count:,.0f} {what}s were"

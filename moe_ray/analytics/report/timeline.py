@@ -12,6 +12,8 @@ from moe_ray.analytics.report.spec import COLOURS
 _MOST_POINTS = 500
 _MOST_EVENTS = 300
 _DAY_SECONDS = 86_400
+# A chart has up to ten labels.
+_SHORT_SECONDS = 1200
 
 
 def event_parts(run: Run) -> list[Part]:
@@ -33,8 +35,10 @@ def _timeline(run: Run) -> Figure:
         for mark in run.marks[:_MOST_EVENTS]
         if mark.time is not None and mark.kind != "waiting"
     ]
-    is_short = not np.isfinite(times).any() or np.nanmax(times) - np.nanmin(times) < _DAY_SECONDS
-    axis = {"format": "%H:%M" if is_short else "%m-%d %H:%M"}
+    noted = [mark.time for mark in run.marks if mark.time is not None]
+    moments = np.array([*times[np.isfinite(times)].tolist(), *noted])
+    span = float(np.ptp(moments)) if len(moments) else 0.0
+    axis = {"format": "%H:%M:%S" if span < _SHORT_SECONDS else "%H:%M" if span < _DAY_SECONDS else "%m-%d %H:%M"}
     x = {"field": "time", "type": "temporal", "title": "UTC", "scale": {"type": "utc"}, "axis": axis}
     y = {"field": "step", "type": "quantitative", "title": "step", "scale": {"zero": True}}
     when = {"field": "time", "type": "temporal", "title": "UTC", "format": "%Y-%m-%d %H:%M:%S"}
