@@ -99,8 +99,11 @@ def _progress(snapshot: Snapshot, width: int) -> Table:
     grid.add_column(ratio=1)
     grid.add_column(justify="right", no_wrap=True)
     bar = ProgressBar(total=target, completed=min(step, target))
-    known = snapshot.target is not None
-    label = f"step {step:,}" + (f"/{target:,}  {step / target:.0%}  ETA {_ago(left)}" if known else "")
+    label = f"step {step:,}"
+    if snapshot.target is not None:
+        label += f"/{target:,}  {step / target:.0%}"
+        # Before the first logged step nothing says how long one takes.
+        label += f"  ETA {_ago(left)}" if snapshot.newest is not None else ""
     grid.add_row(bar, label)
     return grid
 
@@ -207,7 +210,7 @@ def _checkpoint(snapshot: Snapshot) -> Text:
 
 def _events(snapshot: Snapshot) -> list[Text]:
     lines = []
-    for event in snapshot.events[-_MOST_EVENTS:]:
+    for event in _shown(snapshot.events):
         when = datetime.fromtimestamp(time_of(event) or 0, UTC)
         told = [event.get("alert"), event["summary"]] if "summary" in event else None
         rest = [f"{name} {value}" for name, value in event.items() if name not in ("event", "time")]
@@ -215,6 +218,21 @@ def _events(snapshot: Snapshot) -> list[Text]:
         style = "red" if event["event"] in ("failure", "alert") else ""
         lines.append(Text(one_line(text), style=style, no_wrap=True, overflow="ellipsis"))
     return lines
+
+
+def _shown(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The newest events, in their order; alerts that still fire go before others."""
+    firing: dict[tuple[str, str], int] = {}
+    for number, event in enumerate(events):
+        key = (str(event.get("alert")), str(event.get("labels")))
+        if event["event"] == "alert":
+            firing[key] = number
+        elif event["event"] == "resolved":
+            firing.pop(key, None)
+    kept = sorted(firing.values())[-_MOST_EVENTS:]
+    others = [number for number in range(len(events)) if number not in kept]
+    room = max(0, _MOST_EVENTS - len(kept))
+    return [events[number] for number in sorted([*kept, *others[len(others) - room :]])]
 
 
 def _points(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
