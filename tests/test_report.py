@@ -95,6 +95,7 @@ def test_summary_answers_with_pictures(tmp_path: Path) -> None:
     run = full(tmp_path)
     page = run_page(run)
     sentences = {finding.id: finding.text for finding in page.findings}
+    assert page.lead.endswith("analysed on 20,000 tokens of held-out text.")
     assert run.history.load_MLE is not None
     worst = int(run.history.by_layer["load_cv"][-1].argmax())
     busiest = int(run.history.load_MLE[-1, worst].argmax())

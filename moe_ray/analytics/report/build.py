@@ -52,6 +52,8 @@ def run_page(run: Run) -> Page:
     lead = "One training run"
     if run.steps is not None:
         lead += f", up to step {run.steps[1]:,}" + (f" of {run.target:,}" if run.target else "")
+    if run.analysis is not None:
+        lead += f"; its checkpoints were analysed on {run.analysis.tokens:,} tokens of held-out text"
     return Page(run.name, f"{lead}.", findings_of(run), sections, run.steps)
 
 
