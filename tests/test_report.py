@@ -207,6 +207,16 @@ def test_collapse_is_measured_against_always_the_same_choices(tmp_path: Path) ->
     )
 
 
+def test_letters_of_close_events_are_one(tmp_path: Path) -> None:
+    starts = [
+        {"event": kind, "time": START + time} for time, kind in ((50, "failure"), (51, "start"), (90, "drain"))
+    ]
+    run = write_run(tmp_path, [metrics_line(step) for step in range(1, 101)], starts, steps=100)
+    rules, letters = figures(run_page(read_run(str(run))))["loss"].spec["layer"][1:]
+    assert [mark["step"] for mark in rules["data"]["values"]] == [50, 51, 90]
+    assert [(mark["step"], mark["letter"]) for mark in letters["data"]["values"]] == [(50, "FS"), (90, "D")]
+
+
 def test_page_says_what_is_missing_and_why(tmp_path: Path) -> None:
     begun = run_page(read_run(str(write_run(tmp_path / "begun", []))))
     assert missing(begun)["Loss"] == "The run has not logged a step yet."

@@ -7,7 +7,7 @@ import numpy as np
 from moe_ray.analytics.report.events import Restart, utc
 from moe_ray.analytics.report.parts import Cell, Figure, Missing, Part, Table
 from moe_ray.analytics.report.run import Run
-from moe_ray.analytics.report.spec import COLOURS
+from moe_ray.analytics.report.spec import COLOURS, apart
 
 _MOST_POINTS = 500
 _MOST_EVENTS = 300
@@ -51,7 +51,8 @@ def _timeline(run: Run) -> Figure:
     layers = [{"data": {"values": line}, "mark": lines, "encoding": {"x": x, "y": y}}]
     if marks:
         layers.append({**events, "mark": rule, "encoding": {"x": x, "tooltip": tooltip}})
-        layers.append({**events, "mark": letter, "encoding": above})
+        letters = {"values": apart(marks, "time", span * 1000)}
+        layers.append({"data": letters, "mark": letter, "encoding": above})
     text = (
         "Logged steps over time, without those that were lost and done again: where the line is flat, nothing "
         "that lasted was done. Letters: S start, F failure, D notice of a node, R restart asked for, Z change of "
