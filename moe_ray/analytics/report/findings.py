@@ -68,7 +68,7 @@ def _balance(run: Run) -> list[Finding]:
     cv_L = cv_ML[-1]
     worst = int(np.argmax(cv_L))
     load_E = load_MLE[-1, worst] * load_MLE.shape[2]
-    least = f"{load_E.min():.1f} times its own" if load_E.min() >= 0.05 else "next to nothing"
+    least = f"only {load_E.min():.1f} times" if load_E.min() >= 0.05 else "next to nothing"
     text = (
         f"Layer {run.layers[worst]} has the least balanced experts: load CV {cv_L[worst]:.2f} at the last logged "
         f"step, where the best layer has {cv_L.min():.2f}. Its expert {int(load_E.argmax())} gets "
