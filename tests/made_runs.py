@@ -54,12 +54,20 @@ def evaluated(**domains: float) -> dict[str, Any]:
 
 
 def write_run(
-    folder: Path, lines: list[dict[str, Any]], events: list[dict[str, Any]] = (), steps: int = 20
+    folder: Path,
+    lines: list[dict[str, Any]],
+    events: list[dict[str, Any]] = (),
+    steps: int = 20,
+    log_every: int = 1,
 ) -> Path:
     """The files of a run that has logged these lines."""
     folder.mkdir(parents=True, exist_ok=True)
     layers = len(lines[0].get("load_by_layer", "12")) if lines else 2
-    settings = {"model": {"num_layers": layers}, "optim": {"warmup_steps": 1}, "train": {"steps": steps}}
+    settings = {
+        "model": {"num_layers": layers},
+        "optim": {"warmup_steps": 1},
+        "train": {"steps": steps, "log_every": log_every},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))

@@ -76,7 +76,7 @@ def test_frame_tells_how_a_run_does(tmp_path: Path) -> None:
     save(run, 12)
     frame = text_of(RunTail(open_storage(run), "night").look(START + 51))
     for part in (
-        "night  2 workers, ep=2  training",
+        "night  2 workers, ep=2  training  started 2 times",
         "step 20/20  100%  ETA 0:00:00",
         "◆ held-out 5.100 at step 8",
         "1,000 tokens/s",
@@ -88,6 +88,27 @@ def test_frame_tells_how_a_run_does(tmp_path: Path) -> None:
     assert "silent for" in text_of(RunTail(open_storage(run), "night").look(START + 5000))
     save(run, 20)
     assert "finished" in text_of(RunTail(open_storage(run), "night").look(START + 5000))
+
+
+def test_time_that_is_left_is_not_told_before_a_step_is_logged(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [])
+    frame = text_of(RunTail(open_storage(run), "night").look(START))
+    assert "step 0/20  0%" in frame
+    assert "ETA" not in frame
+
+
+def test_alerts_that_still_fire_stay_in_sight(tmp_path: Path) -> None:
+    alert = {"event": "alert", "severity": "critical", "summary": "it is bad", "labels": {}}
+    events = [
+        {**alert, "time": START, "alert": "Firing"},
+        {**alert, "time": START + 1, "alert": "Over"},
+        {**alert, "time": START + 2, "alert": "Over", "event": "resolved"},
+        *({"event": "start", "time": START + number, "workers": number} for number in range(3, 8)),
+    ]
+    frame = text_of(RunTail(open_storage(write_run(tmp_path, [metrics_line(1)], events)), "night").look(START))
+    assert "Firing, it is bad" in frame
+    assert "Over" not in frame
+    assert [f"workers {number}" in frame for number in range(3, 8)] == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 15), (80, 24), (200, 60)])

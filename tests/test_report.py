@@ -26,7 +26,7 @@ from moe_ray.storage import open_storage
 from moe_ray.telemetry.history import read_history
 from tests.analyses import make_analysis
 from tests.browser import opened
-from tests.made_runs import metrics_line, restarted, write_run
+from tests.made_runs import START, metrics_line, restarted, write_run
 from tests.tiny import copy_corpus, tiny_settings
 from tests.tiny import run as train
 
@@ -95,6 +95,7 @@ def test_summary_answers_with_pictures(tmp_path: Path) -> None:
     run = full(tmp_path)
     page = run_page(run)
     sentences = {finding.id: finding.text for finding in page.findings}
+    assert page.lead.endswith("analysed on 20,000 tokens of held-out text.")
     assert run.history.load_MLE is not None
     worst = int(run.history.by_layer["load_cv"][-1].argmax())
     busiest = int(run.history.load_MLE[-1, worst].argmax())
@@ -103,8 +104,7 @@ def test_summary_answers_with_pictures(tmp_path: Path) -> None:
     assert "4 of 8 experts prefer a domain significantly" in sentences["by-domain"]
     assert "backward 55%, forward 33%, expert dispatch 11%" in sentences["time-shares"]
     assert sentences["timeline"] == (
-        "It restarted once: from step 8 (4 steps were done again) after a failure of rank 1: its process or node "
-        "died."
+        "It restarted once: from step 8 (4 steps done again) after a failure of rank 1: its process or node died."
     )
     assert sentences.keys() <= figures(page).keys()
 
@@ -115,6 +115,106 @@ def test_events_stand_at_the_steps_that_were_kept(tmp_path: Path) -> None:
     assert "Stalled warning: no step." in str(page)
     (marks,) = {json.dumps(layer["data"]["values"]) for layer in layers[1:]}
     assert [(mark["step"], mark["letter"]) for mark in json.loads(marks)] == [(0, "S"), (8, "FS"), (18, "A")]
+
+
+def test_restarts_that_logged_no_step_count_and_steps_that_were_not_logged_may_be_done_again(
+    tmp_path: Path,
+) -> None:
+    events: list[dict] = [{"event": "start", "time": START, "workers": 2}]
+    for time in (25, 50, 60):
+        failure = {"event": "failure", "time": START + time, "reason": "lost", "ranks": [0], "saved_step": 20}
+        events += [failure, {"event": "start", "time": START + time + 5, "workers": 2}]
+    again = {"resumed_step": 20, "redone_steps": 0}
+    lines = [metrics_line(10), metrics_line(20), metrics_line(30, time=START + 80, **again)]
+    run = write_run(tmp_path, lines, events, log_every=10)
+    page = run_page(read_run(str(run)))
+    (text,) = [finding.text for finding in page.findings if finding.id == "timeline"]
+    lost = "from step 20 (it logged no step) after a failure of rank 0: lost"
+    last = "from step 20 (up to 9 steps done again) after a failure of rank 0: lost"
+    assert text == f"It restarted 3 times: {lost}; {lost}; {last}."
+    assert "went on from step 20; up to 9 steps done again" in str(page)
+    (run / "events.jsonl").unlink()
+    assert "It restarted once: from step 20 (up to 9" in str(run_page(read_run(str(run))).findings)
+
+
+def test_alerts_come_first_in_the_summary(tmp_path: Path) -> None:
+    alert = {"event": "alert", "severity": "critical", "labels": {"run": "a"}, "action": "raise the weight."}
+    collapse = {**alert, "alert": "ExpertCollapse", "summary": "its worst layer has 0.73 of the largest imbalance"}
+    events = [
+        {**alert, "time": START + 5, "alert": "LossRising", "summary": "the loss rises"},
+        {**alert, "time": START + 8, "alert": "LossRising", "summary": "the loss rises", "event": "resolved"},
+        {**collapse, "time": START + 12},
+    ]
+    run = write_run(tmp_path / "run", [metrics_line(step) for step in range(1, 21)], events)
+    told = (
+        "ExpertCollapse (critical) at step 12: its worst layer has 0.73 of the largest imbalance. It has not "
+        "resolved. What helps: raise the weight."
+    )
+    page = run_page(read_run(str(run)))
+    assert page.findings[0].text == told
+    assert "LossRising (critical) at step 5: the loss rises. It resolved at step 8." in page.findings[1].text
+    sound = write_run(tmp_path / "sound", [metrics_line(1)])
+    both = comparison_page([read_run(str(sound)), read_run(str(run))])
+    assert (both.findings[0].text, both.findings[0].id) == (f"run: {told}", "events-2")
+    assert missing(both)["Events"].startswith("None")
+
+
+def test_collapse_without_an_alert_is_told(tmp_path: Path) -> None:
+    lines = [metrics_line(step, collapse_by_layer=[0.2, ratio]) for step, ratio in ((1, 0.9), (2, 0.8))]
+    page = run_page(read_run(str(write_run(tmp_path / "run", lines))))
+    assert page.findings[0].text.startswith("The experts have collapsed: layer 1 has 0.80 of the largest")
+    assert "load_balancing_loss_weight" in page.findings[0].text
+    healed = [*lines, metrics_line(3, collapse_by_layer=[0.2, 0.6])]
+    page = run_page(read_run(str(write_run(tmp_path / "healed", healed))))
+    assert "collapsed" not in str(page.findings)
+
+
+def test_events_are_told_in_sentences(tmp_path: Path) -> None:
+    alert = {"event": "alert", "alert": "DiskFull", "severity": "warning", "summary": "the disk fills"}
+    events = [
+        {"event": "start", "time": START, "workers": 1},
+        {"event": "failure", "time": START + 1, "reason": "No space left on device.", "ranks": [0]},
+        {"event": "start", "time": START + 2, "workers": 2},
+        {**alert, "time": START + 3, "action": "free some."},
+    ]
+    run = read_run(str(write_run(tmp_path, [metrics_line(1, dead_experts=1)], events)))
+    assert [mark.text for mark in run.marks] == [
+        "1 worker starts",
+        "a failure of rank 0: No space left on device",
+        "2 workers start",
+        "DiskFull warning: the disk fills. What helps: free some.",
+    ]
+    text = str(run_page(run).findings)
+    assert "device." in text
+    assert "device.." not in text
+    assert "1 expert had no token" in text
+
+
+def test_axes_of_time_tell_seconds_of_short_runs(tmp_path: Path) -> None:
+    def label(seconds: float) -> str:
+        lines = [metrics_line(1), metrics_line(2, time=START + seconds)]
+        page = run_page(read_run(str(write_run(tmp_path / str(seconds), lines))))
+        return figures(page)["timeline"].spec["layer"][0]["encoding"]["x"]["axis"]["format"]
+
+    assert [label(seconds) for seconds in (60, 7200, 200_000)] == ["%H:%M:%S", "%H:%M", "%m-%d %H:%M"]
+
+
+def test_collapse_is_measured_against_always_the_same_choices(tmp_path: Path) -> None:
+    run = write_run(tmp_path, [metrics_line(1)])
+    assert (
+        "1.73 (always the same 2 of 8 experts) is collapse"
+        in figures(run_page(read_run(str(run))))["load-cv"].text
+    )
+
+
+def test_letters_of_close_events_are_one(tmp_path: Path) -> None:
+    starts = [
+        {"event": kind, "time": START + time} for time, kind in ((50, "failure"), (51, "start"), (90, "drain"))
+    ]
+    run = write_run(tmp_path, [metrics_line(step) for step in range(1, 101)], starts, steps=100)
+    rules, letters = figures(run_page(read_run(str(run))))["loss"].spec["layer"][1:]
+    assert [mark["step"] for mark in rules["data"]["values"]] == [50, 51, 90]
+    assert [(mark["step"], mark["letter"]) for mark in letters["data"]["values"]] == [(50, "FS"), (90, "D")]
 
 
 def test_page_says_what_is_missing_and_why(tmp_path: Path) -> None:
@@ -282,6 +382,8 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert Path(place).stat().st_size < MOST_BYTES
     assert page.title == "night (1), night (2)"
     lines = figures(page)["compare-loss"].spec["layer"][0]["data"]["values"]
+    for name in ("compare-tokens-per-second", "compare-load-cv"):
+        assert figures(page)[name].spec["layer"][0]["layer"][0]["encoding"]["y"]["scale"] == {"zero": True}
     assert {point["series"] for point in lines} == {"night (1)", "night (2)"}
 
 

@@ -103,7 +103,10 @@ def _over_layers(name: str, values_L: Tensor) -> float | int:
 
 
 def load_cv(tokens_per_expert_LE: Tensor) -> Tensor:
-    """Coefficient of variation of the load over experts, by layer: 0 is balanced, sqrt(E - 1) is collapse."""
+    """Coefficient of variation of the load over experts, by layer.
+
+    0 is balanced, sqrt(E / K - 1) collapse: all tokens choose the same K experts.
+    """
     return tokens_per_expert_LE.std(dim=1, correction=0) / tokens_per_expert_LE.mean(dim=1).clamp(min=1e-9)
 
 

@@ -70,9 +70,10 @@ def _head(snapshot: Snapshot, width: int) -> Text:
     name.truncate(max(8, width - 40), overflow="ellipsis")
     text.append_text(name)
     if newest is None:
-        return text
+        return text.append(_restarts(snapshot))
     world, ep = newest.get("world_size"), newest.get("ep")
-    text.append(f"  {world} workers, ep={ep}" if is_number(world) and is_number(ep) else "")
+    if is_number(world) and is_number(ep):
+        text.append(f"  {world} worker{'' if world == 1 else 's'}, ep={ep}")
     silent = snapshot.time - newest.get("time", snapshot.time)
     expected = 3 * _recent_seconds(snapshot.records) * _log_every(snapshot.records)
     if snapshot.is_finished:
@@ -81,7 +82,13 @@ def _head(snapshot: Snapshot, width: int) -> Text:
         text.append(f"  silent for {_ago(silent)}", style="bold red")
     else:
         text.append("  training", style="green")
-    return text
+    return text.append(_restarts(snapshot))
+
+
+def _restarts(snapshot: Snapshot) -> str:
+    """How often workers started again, whether or not they logged a step."""
+    starts = sum(event["event"] == "start" for event in snapshot.events)
+    return f"  started {starts} times" if starts > 1 else ""
 
 
 def _progress(snapshot: Snapshot, width: int) -> Table:
@@ -92,8 +99,11 @@ def _progress(snapshot: Snapshot, width: int) -> Table:
     grid.add_column(ratio=1)
     grid.add_column(justify="right", no_wrap=True)
     bar = ProgressBar(total=target, completed=min(step, target))
-    known = snapshot.target is not None
-    label = f"step {step:,}" + (f"/{target:,}  {step / target:.0%}  ETA {_ago(left)}" if known else "")
+    label = f"step {step:,}"
+    if snapshot.target is not None:
+        label += f"/{target:,}  {step / target:.0%}"
+        # Before the first logged step nothing says how long one takes.
+        label += f"  ETA {_ago(left)}" if snapshot.newest is not None else ""
     grid.add_row(bar, label)
     return grid
 
@@ -200,7 +210,7 @@ def _checkpoint(snapshot: Snapshot) -> Text:
 
 def _events(snapshot: Snapshot) -> list[Text]:
     lines = []
-    for event in snapshot.events[-_MOST_EVENTS:]:
+    for event in _shown(snapshot.events):
         when = datetime.fromtimestamp(time_of(event) or 0, UTC)
         told = [event.get("alert"), event["summary"]] if "summary" in event else None
         rest = [f"{name} {value}" for name, value in event.items() if name not in ("event", "time")]
@@ -210,6 +220,21 @@ def _events(snapshot: Snapshot) -> list[Text]:
         style = "red" if event["event"] in ("failure", "alert") else ""
         lines.append(Text(one_line(text), style=style, no_wrap=True, overflow="ellipsis"))
     return lines
+
+
+def _shown(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The newest events, in their order; alerts that still fire go before others."""
+    firing: dict[tuple[str, str], int] = {}
+    for number, event in enumerate(events):
+        key = (str(event.get("alert")), str(event.get("labels")))
+        if event["event"] == "alert":
+            firing[key] = number
+        elif event["event"] == "resolved":
+            firing.pop(key, None)
+    kept = sorted(firing.values())[-_MOST_EVENTS:]
+    others = [number for number in range(len(events)) if number not in kept]
+    room = max(0, _MOST_EVENTS - len(kept))
+    return [events[number] for number in sorted([*kept, *others[len(others) - room :]])]
 
 
 def _points(records: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:

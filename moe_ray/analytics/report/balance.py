@@ -3,6 +3,7 @@
 Shapes: M logged steps, L MoE layers, E experts.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,10 +51,18 @@ def _worst(run: Run) -> Figure:
     lines = [Series("load CV", run.history.column("step"), run.history.column("load_cv"))]
     text = (
         "Coefficient of variation of the experts' load in the worst layer of each logged step: 0 is balanced, "
-        "the square root of the number of experts less one is collapse." + was_thinned(lines)
+        f"{_collapsed(run)} is collapse." + was_thinned(lines)
     )
     spec = line_chart(lines, run.axis_marks, run.steps, y_title="load CV", zero=True, height=140)
     return Figure("load-cv", "Load imbalance", text, spec, series_table(lines))
+
+
+def _collapsed(run: Run) -> str:
+    """The load CV where all tokens choose the same K of E experts: K loads of 1/K, the others 0."""
+    if run.config is None or not run.config.model.is_known("num_experts"):
+        return "the square root of (experts / choices of a token - 1)"
+    num_experts, top_k = run.config.model.num_experts, run.config.model.top_k
+    return f"{math.sqrt(num_experts / top_k - 1):.2f} (always the same {top_k} of {num_experts} experts)"
 
 
 def _load_now(run: Run, load_LE: np.ndarray) -> Figure:

@@ -9,14 +9,14 @@ from moe_ray.analytics.report.balance import balance_parts
 from moe_ray.analytics.report.compare import comparison_parts, differing_settings
 from moe_ray.analytics.report.cost import cost_parts
 from moe_ray.analytics.report.curves import loss_parts
-from moe_ray.analytics.report.findings import findings_of
+from moe_ray.analytics.report.findings import alerts_told, findings_of
 from moe_ray.analytics.report.flow import flow_parts
 from moe_ray.analytics.report.parts import Finding, Missing, Page, Part, Section, Table
 from moe_ray.analytics.report.routers import router_parts
 from moe_ray.analytics.report.run import Run
 from moe_ray.analytics.report.specialisation import probe_parts, specialisation_parts
 from moe_ray.analytics.report.speed import speed_parts
-from moe_ray.analytics.report.timeline import event_parts
+from moe_ray.analytics.report.timeline import event_parts, event_table
 
 # Titles; the other questions ask for experts by a label.
 _QUESTIONS: dict[Question, str] = {
@@ -52,11 +52,18 @@ def run_page(run: Run) -> Page:
     lead = "One training run"
     if run.steps is not None:
         lead += f", up to step {run.steps[1]:,}" + (f" of {run.target:,}" if run.target else "")
+    if run.analysis is not None:
+        lead += f"; its checkpoints were analysed on {run.analysis.tokens:,} tokens of held-out text"
     return Page(run.name, f"{lead}.", findings_of(run), sections, run.steps)
 
 
 def comparison_page(runs: Sequence[Run]) -> Page:
     """The page of several runs, with names that differ."""
+    alerts = [
+        Finding(f"{run.name}: {finding.text}", "compare" if finding.id == "load-cv" else f"events-{number}")
+        for number, run in enumerate(runs, 1)
+        for finding in alerts_told(run)
+    ]
     findings = [
         Finding(
             f"{run.name}: {finding.text}", "compare-loss" if finding.id in ("loss", "perplexity") else "compare"
@@ -70,13 +77,17 @@ def comparison_page(runs: Sequence[Run]) -> Page:
     sections = [
         Section("compare", "Side by side", comparison_parts(runs, steps)),
         *(
+            Section(f"events-{number}", f"Events of {run.name}", _events(run, number))
+            for number, run in enumerate(runs, 1)
+        ),
+        *(
             Section(f"samples-{number}", f"Samples of {run.name}", _samples(run))
             for number, run in enumerate(runs, 1)
         ),
         Section("settings", "Settings", [differing_settings([flat(run.settings) for run in runs], runs)]),
     ]
     names = ", ".join(run.name for run in runs)
-    return Page(names, f"{len(runs)} training runs next to each other.", findings, sections, steps)
+    return Page(names, f"{len(runs)} training runs next to each other.", [*alerts, *findings], sections, steps)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -113,6 +124,12 @@ def _analysed(run: Run) -> list[Section]:
 def _missing(missing: Unanswered) -> Part:
     title = _QUESTIONS.get(missing.question, f"Experts by {missing.question.replace('_', ' ')}")
     return Missing(title, missing.reason)
+
+
+def _events(run: Run, number: int) -> list[Part]:
+    if not run.marks and not run.restarts:
+        return [Missing("Events", "None: there is no events.jsonl, and the steps show no restart.")]
+    return [event_table(run, f"event-table-{number}")]
 
 
 def _samples(run: Run) -> Sequence[Part]:

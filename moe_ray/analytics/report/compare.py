@@ -10,13 +10,13 @@ from moe_ray.analytics.report.run import Run
 from moe_ray.analytics.report.spec import COLOURS, Series, by_name, line_chart, short, was_thinned
 from moe_ray.analytics.report.speed import phase_shares
 
-# Column, title, axis, whether it is logarithmic.
+# Column, title, axis, and its scale: from 0, from the lowest value, or logarithmic.
 _CURVES = (
-    ("loss", "Training loss", "loss (nats)", False),
-    ("val_perplexity", "Held-out perplexity", "perplexity", True),
-    ("tokens_per_second", "Throughput", "tokens/s", False),
-    ("load_cv", "Load imbalance of the worst layer", "load CV", False),
-    ("routing_entropy", "Entropy of the routers", "normalised entropy", False),
+    ("loss", "Training loss", "loss (nats)", "lowest"),
+    ("val_perplexity", "Held-out perplexity", "perplexity", "log"),
+    ("tokens_per_second", "Throughput", "tokens/s", "zero"),
+    ("load_cv", "Load imbalance of the worst layer", "load CV", "zero"),
+    ("routing_entropy", "Entropy of the routers", "normalised entropy", "lowest"),
 )
 
 
@@ -40,13 +40,13 @@ def differing_settings(flat: Sequence[Mapping[str, str]], runs: Sequence[Run]) -
     return Table(("setting", *(run.name for run in runs)), rows, "Settings that differ", note)
 
 
-def _curve(runs: Sequence[Run], steps: tuple[int, int], column: str, title: str, y_title: str, log: bool) -> Part:
+def _curve(runs: Sequence[Run], steps: tuple[int, int], column: str, title: str, y_title: str, start: str) -> Part:
     lines = [Series(run.name, run.history.column("step"), run.history.column(column)) for run in runs]
     lines = [line for line in lines if np.isfinite(line.values).any()]
     if not lines:
         return Missing(title, f"No run has logged {column}.")
     text = f"{title} of {', '.join(line.name for line in lines)}." + was_thinned(lines)
-    spec = line_chart(lines, [], steps, y_title=y_title, log=log)
+    spec = line_chart(lines, [], steps, y_title=y_title, log=start == "log", zero=start == "zero")
     return Figure(f"compare-{column.replace('_', '-')}", title, text, spec, series_table(lines))
 
 

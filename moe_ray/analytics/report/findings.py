@@ -4,17 +4,20 @@ import math
 
 import numpy as np
 
+from moe_ray.analytics.report.alerts import untold_collapse
 from moe_ray.analytics.report.parts import Finding
 from moe_ray.analytics.report.run import Run
 from moe_ray.analytics.report.speed import phase_shares
 
 _MOST_PREFERENCES = 3
 _MOST_RESTARTS = 4
+_MOST_ALERTS = 5
 
 
 def findings_of(run: Run) -> list[Finding]:
     """Sentences about one run."""
     return [
+        *alerts_told(run),
         *_progress(run),
         *_loss(run),
         *_balance(run),
@@ -23,6 +26,16 @@ def findings_of(run: Run) -> list[Finding]:
         *_restarts(run),
         *_trouble(run),
     ]
+
+
+def alerts_told(run: Run) -> list[Finding]:
+    """Sentences about what went wrong, which come before all others."""
+    place = "timeline" if run.steps is not None else "event-table"
+    findings = [Finding(alert.told, place) for alert in run.alerts[:_MOST_ALERTS]]
+    if len(run.alerts) > _MOST_ALERTS:
+        findings.append(Finding(f"{len(run.alerts) - _MOST_ALERTS} more alerts are listed.", place))
+    collapse = untold_collapse(run.alerts, run.history, run.layers)
+    return [Finding(collapse, "load-cv"), *findings] if collapse else findings
 
 
 def _progress(run: Run) -> list[Finding]:
@@ -55,10 +68,11 @@ def _balance(run: Run) -> list[Finding]:
     cv_L = cv_ML[-1]
     worst = int(np.argmax(cv_L))
     load_E = load_MLE[-1, worst] * load_MLE.shape[2]
+    least = f"only {load_E.min():.1f} times" if load_E.min() >= 0.05 else "next to nothing"
     text = (
         f"Layer {run.layers[worst]} has the least balanced experts: load CV {cv_L[worst]:.2f} at the last logged "
         f"step, where the best layer has {cv_L.min():.2f}. Its expert {int(load_E.argmax())} gets "
-        f"{load_E.max():.1f} times its fair share, expert {int(load_E.argmin())} {load_E.min():.1f} times."
+        f"{load_E.max():.1f} times its fair share, expert {int(load_E.argmin())} {least}."
     )
     return [Finding(text, "load")]
 
@@ -97,20 +111,20 @@ def _time(run: Run) -> list[Finding]:
 
 
 def _restarts(run: Run) -> list[Finding]:
-    if run.steps is None:
+    if run.steps is None and not run.restarts:
         return []
     if not run.restarts:
         return [Finding("It never restarted from a checkpoint.", "timeline")]
     each = [
-        f"from step {restart.step}"
-        + (f" ({restart.redone} steps were done again)" if restart.redone else " (no step was done again)")
+        ("" if restart.step is None else f"from step {restart.step} ")
+        + f"({restart.told(run.log_every)})"
         + (f" after {restart.reason}" if restart.reason else "")
         for restart in run.restarts[:_MOST_RESTARTS]
     ]
     count = len(run.restarts)
     rest = f"; {count - len(each)} more are listed" if count > len(each) else ""
     text = f"It restarted {'once' if count == 1 else f'{count} times'}: {'; '.join(each)}{rest}."
-    return [Finding(text, "timeline")]
+    return [Finding(text, "timeline" if run.steps is not None else "event-table")]
 
 
 def _trouble(run: Run) -> list[Finding]:
@@ -118,14 +132,17 @@ def _trouble(run: Run) -> list[Finding]:
     skipped = float(np.nansum(run.history.column("skipped_steps")))
     if skipped:
         findings.append(
-            Finding(f"{skipped:.0f} steps were skipped because they were not finite.", "gradient-norm")
+            Finding(f"{_were(skipped, 'step')} skipped because of values that were not finite.", "gradient-norm")
         )
     dead = run.history.last("dead_experts") or 0.0
     if dead and math.isfinite(dead):
-        findings.append(
-            Finding(f"{dead:.0f} experts had no token at the last logged step.", "dead-experts-by-layer")
-        )
+        text = f"{dead:.0f} expert{'' if dead == 1 else 's'} had no token at the last logged step."
+        findings.append(Finding(text, "dead-experts-by-layer"))
     if run.history.damaged:
-        text = f"{run.history.damaged} lines of metrics.jsonl are unfinished or damaged and were left out."
+        text = f"{_were(run.history.damaged, 'line')} left out of metrics.jsonl: unfinished or damaged."
         findings.append(Finding(text, "settings"))
     return findings
+
+
+def _were(count: float, what: str) -> str:
+    return f"1 {what} was" if count == 1 else f"{count:,.0f} {what}s were"

@@ -9,6 +9,9 @@ from moe_ray.analytics.report.spec import short, step_axis
 
 _MOST_LABELLED = 260
 _MOST_COLUMNS_LABELLED = 12
+_LETTER_PIXELS = 6
+# What axis and margins leave of the narrowest one.
+_PHONE_PIXELS = 310
 # Of all layers together.
 MOST_CELLS = 30_000
 # More than colours can show.
@@ -42,7 +45,7 @@ def heat_map(
     colour = _colour(value, highest)
     encoding = {
         "y": {"field": "y", "type": "ordinal", "title": y[0], "sort": None},
-        "x": {"field": "x", "type": "ordinal", "title": x[0], "sort": columns, "axis": {"labelAngle": 0}},
+        "x": {"field": "x", "type": "ordinal", "title": x[0], "sort": columns, "axis": _label_axis(columns)},
     }
     tooltip = [
         {"field": "y", "type": "nominal", "title": y[0]},
@@ -151,6 +154,14 @@ def _unfold(row: str, labels: Sequence[str]) -> list[dict[str, Any]]:
             },
         },
     ]
+
+
+def _label_axis(labels: Sequence[str]) -> dict[str, Any]:
+    """Upright where all labels, or enough of many, fit on a phone; slanted else, so that none is left out."""
+    width = max(map(len, labels), default=0) * _LETTER_PIXELS * len(labels)
+    if len(labels) > _MOST_COLUMNS_LABELLED or width < _PHONE_PIXELS:
+        return {"labelAngle": 0}
+    return {"labelAngle": -35, "labelOverlap": False}
 
 
 def _colour(title: str, top: float) -> dict[str, Any]:

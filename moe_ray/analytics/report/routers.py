@@ -10,7 +10,7 @@ _NUMBERS = (
     ("token_entropy", "entropy of a token's router"),
     ("confidence", "confidence"),
     ("margin", "margin of the first choice"),
-    ("choice_dependence", "first choice determines second"),
+    ("choice_dependence", "dependence of choices"),
 )
 
 
@@ -36,7 +36,8 @@ def router_parts(analysis: Analysis) -> list[Part]:
     spec = {"width": "container", "height": 220, "data": {"values": values}, "mark": mark, "encoding": encoding}
     text = (
         f"Of {analysis.tokens:,} held-out tokens at step {analysis.steps[-1]}. Entropies are over those of even "
-        "choices; confidence is the mean of a token's largest probability, the margin its lead over the second."
+        "choices; confidence is the mean of a token's largest probability, the margin its lead over the second; "
+        "the dependence tells how far the first choice determines the second."
     )
     rows = [
         (

@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 
 from moe_ray.analytics.analysis import Analysis
+from moe_ray.analytics.report.alerts import RaisedAlert, alerts_of
 from moe_ray.analytics.report.events import Mark, Restart, marks_of, on_axes, restarts_of
 from moe_ray.analytics.report.parts import Sample
 from moe_ray.config import Config, build_config
@@ -27,6 +28,7 @@ class Run:
         settings: `config.yaml` as it stands; empty if it is missing or damaged.
         config: the same, if this version understands it.
         marks: all that happened to its workers.
+        alerts: that it raised; those that still fire come first.
         analysis: of its newest checkpoints; None if there is none.
         why_not: why there is no analysis.
         samples: texts of its newest checkpoint.
@@ -38,6 +40,7 @@ class Run:
     history: History
     marks: Sequence[Mark]
     restarts: Sequence[Restart]
+    alerts: Sequence[RaisedAlert] = ()
     analysis: Analysis | None = None
     why_not: str = ""
     samples: Sequence[Sample] = ()
@@ -52,6 +55,11 @@ class Run:
     def target(self) -> int | None:
         """Steps that the run is to have."""
         return self.config.train.steps if self.config is not None else None
+
+    @property
+    def log_every(self) -> int | None:
+        """Steps from one logged step to the next, at most."""
+        return self.config.train.log_every if self.config is not None else None
 
     @property
     def axis_marks(self) -> list[Mark]:
@@ -77,8 +85,9 @@ def read_run(uri: str) -> Run:
     content = storage.read(CONFIG) if storage.exists(CONFIG) else b""
     settings = _parse(content)
     history = read_history(storage, most_layers=_layer_rows(settings))
-    marks = marks_of(read_events(storage), history)
-    return Run(name, settings, _config(settings), history, marks, restarts_of(history, marks))
+    events = read_events(storage)
+    marks, restarts = marks_of(events, history), restarts_of(events, history)
+    return Run(name, settings, _config(settings), history, marks, restarts, alerts_of(events, history))
 
 
 def open_run(uri: str) -> tuple[Storage, str]:

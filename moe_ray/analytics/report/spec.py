@@ -25,6 +25,7 @@ SHAPES = (
 )
 MOST_POINTS = 500
 _FEW_POINTS = 30
+_CLOSE = 0.06
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def step_axis(field: str = "step") -> dict[str, Any]:
 def over_time(layers: Sequence[Mapping[str, Any]], marks: Sequence[Mark], steps: tuple[int, int], height: int):
     """A chart over steps, with the events of the run above it."""
     params = [{"name": "from", "value": steps[0]}, {"name": "to", "value": steps[1]}]
-    layer = [*layers, *_event_layers(marks)]
+    layer = [*layers, *_event_layers(marks, steps)]
     return {"width": "container", "height": height, "params": params, "layer": layer}
 
 
@@ -146,16 +147,45 @@ def by_name(names: Sequence[str], range_: Sequence[Any]) -> dict[str, Any]:
     return {"domain": list(names), "range": [range_[number % len(range_)] for number in range(len(names))]}
 
 
-def _event_layers(marks: Sequence[Mark]) -> list[dict[str, Any]]:
+def apart(values: Sequence[Mapping[str, Any]], field: str, span: float) -> list[dict[str, Any]]:
+    """Events with those too close to be read apart on a phone as one: all letters, and all that they say.
+
+    Args:
+        field: where an event stands on its axis.
+        span: of the axis.
+    """
+    groups: list[list[Mapping[str, Any]]] = []
+    for value in sorted(values, key=lambda value: value[field]):
+        if groups and value[field] - groups[-1][0][field] < _CLOSE * span:
+            groups[-1].append(value)
+        else:
+            groups.append([value])
+    return [
+        {
+            **group[0],
+            "letter": "".join(dict.fromkeys("".join(value["letter"] for value in group))),
+            "event": "; ".join(dict.fromkeys(value["event"] for value in group)),
+        }
+        for group in groups
+    ]
+
+
+def _event_layers(marks: Sequence[Mark], steps: tuple[int, int]) -> list[dict[str, Any]]:
     if not marks:
         return []
     values = [{"step": mark.step, "letter": mark.letter, "event": mark.text} for mark in marks]
+    letters = apart(values, "step", steps[1] - steps[0])
     tooltip = [{"field": "event", "type": "nominal"}, {"field": "step", "type": "quantitative"}]
-    shared = {"data": {"values": values}, "transform": [{"filter": "datum.step >= from && datum.step <= to"}]}
+    shown = [{"filter": "datum.step >= from && datum.step <= to"}]
     rule = {"type": "rule", "strokeDash": [3, 3], "opacity": 0.6, "color": "currentColor"}
     letter = {"type": "text", "baseline": "bottom", "dy": -3, "fontWeight": "bold", "color": "currentColor"}
     text = {"x": step_axis(), "y": {"value": 0}, "text": {"field": "letter"}, "tooltip": tooltip}
     return [
-        {**shared, "mark": rule, "encoding": {"x": step_axis(), "tooltip": tooltip}},
-        {**shared, "mark": letter, "encoding": text},
+        {
+            "data": {"values": values},
+            "transform": shown,
+            "mark": rule,
+            "encoding": {"x": step_axis(), "tooltip": tooltip},
+        },
+        {"data": {"values": letters}, "transform": shown, "mark": letter, "encoding": text},
     ]

@@ -56,11 +56,17 @@ def probe_parts(analysis: Analysis) -> list[Part]:
     ]
     scale = by_name(["significant", "not significant"], [COLOURS[0], COLOURS[1]])
     shape = {**scale, "range": ["circle", "cross"]}
+    # A number of columns that changes with the width would be cut: names leave a phone little of it.
+    one_column = {"columns": 1}
     encoding = {
         "y": {"field": "expert", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 220}},
-        "x": {"field": "effect", "type": "quantitative", "title": "share with the pattern less share without"},
-        "color": {"field": "significance", "type": "nominal", "title": None, "scale": scale},
-        "shape": {"field": "significance", "type": "nominal", "title": None, "scale": shape},
+        "x": {
+            "field": "effect",
+            "type": "quantitative",
+            "title": ["share with the pattern", "less share without"],
+        },
+        "color": {"field": "significance", "type": "nominal", "title": None, "scale": scale, "legend": one_column},
+        "shape": {"field": "significance", "type": "nominal", "title": None, "scale": shape, "legend": one_column},
         "tooltip": [{"field": name, "type": "nominal"} for name in ("expert", "effect", "p")],
     }
     spec = {
