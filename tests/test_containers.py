@@ -93,9 +93,10 @@ def test_secrets_and_runs_stay_out_of_the_image() -> None:
 @pytest.mark.timeout(900)
 def test_its_commands_install_what_runs(tmp_path: Path) -> None:
     """The RUN lines of the build stage, in a copy of what the build sees and in an environment of its own."""
-    if shutil.which("uv") is None:
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    if shutil.which("uv", path=path) is None:
         pytest.skip("there is no uv")
-    environment = os.environ | {"TORCH_BACKEND": "", "UV_NO_CACHE": "0", "VIRTUAL_ENV": ""}
+    environment = os.environ | {"PATH": path, "TORCH_BACKEND": "", "UV_NO_CACHE": "0", "VIRTUAL_ENV": ""}
     for name, value in re.findall(r"(UV_[A-Z_]+)=(\S+)", values("ENV")[0]):
         environment.setdefault(name, value)
     folder, venv = tmp_path / "build", tmp_path / "venv"

@@ -120,7 +120,7 @@ def secret_lines() -> list[tuple[str, str]]:
         (f"password = '{secret}'", secret),
         (f'{{"password": "two words, {secret}"}}', secret),
         (rf"{{\"password\": \"two words, {secret}\"}}", secret),
-        (f"http://me:p@ss@{secret}@host/path", secret),
+        (f"http://me:p@{secret}@host/path", secret),
         (f"s3://AKIA:ab/{secret}+c@bucket/path", secret),
         (f"the key {key} is unknown", key),
         ("id AKIAIOSFODNN7EXAMPLE was refused", "AKIAIOSFODNN7EXAMPLE"),
