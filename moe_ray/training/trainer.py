@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -12,9 +13,11 @@ from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from moe_ray.config import Config
+from moe_ray.submission import read_submission
 from moe_ray.training.elastic import ElasticController
 
 _logger = logging.getLogger(__name__)
+_ECHO_SECONDS = 1.0
 
 
 class ElasticTrainer(TorchTrainer):
@@ -34,7 +37,7 @@ class ElasticTrainer(TorchTrainer):
         remote = ray.remote(num_cpus=0, label_selector=node, runtime_env={"env_vars": environment})(
             ElasticController
         )
-        controller: Any = remote.remote(settings=self._settings, **arguments)
+        controller: Any = remote.remote(settings=self._settings, submission=read_submission(), **arguments)
         with _stop_on_signals(controller):
             ray.get(controller.run.remote())
             return ray.get(controller.get_result.remote())
@@ -42,13 +45,22 @@ class ElasticTrainer(TorchTrainer):
 
 @contextmanager
 def _stop_on_signals(controller: Any) -> Generator[None]:
-    """The first signal asks the workers to save and end, the second ends the program."""
+    """The first signal asks the workers to save and end, a later one ends the program.
+
+    One right behind the first is its echo: `ray job stop` signals all processes of a job, and a chaos job passes
+    the signal on to the training that it runs.
+    """
+    asked_at: float | None = None
 
     def stop(number: int, frame: Any) -> None:
-        _logger.warning("%s: saving a checkpoint, then ending; again to end at once", signal.Signals(number).name)
-        for each in handled:
-            signal.signal(each, signal.default_int_handler)
-        controller.stop.remote()
+        nonlocal asked_at
+        if asked_at is None:
+            asked_at = time.monotonic()
+            name = signal.Signals(number).name
+            _logger.warning("%s: saving a checkpoint, then ending; again to end at once", name)
+            controller.stop.remote()
+        elif time.monotonic() - asked_at > _ECHO_SECONDS:
+            signal.default_int_handler(number, frame)
 
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, stop) for number in handled}
