@@ -27,10 +27,10 @@ def main(submission_id: str) -> int:
     # Here, so that the help needs no Ray.
     from ray.job_submission import JobSubmissionClient
 
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
 
     try:
-        client = JobSubmissionClient()
+        client: Any = JobSubmissionClient()
         client.get_job_status(submission_id)
     except (ConnectionError, RuntimeError) as error:
         raise ConfigError(

@@ -81,15 +81,15 @@ def make_report(runs: Sequence[str], out: str | None = None, tokens: int = _TOKE
     """Write the page of a run, or of several, and return it with its place.
 
     Raises:
-        ConfigError: there is no such run.
+        ConfigError: there is no such run, or `out` does not last.
         StorageError: a run cannot be read, or the page not be written.
     """
+    folder, name = (runs[0], REPORT) if out is None else _split(out)
     drawn = [_with_samples(read_run(uri), uri) for uri in runs]
     if len(drawn) == 1:
         page = run_page(_with_analysis(drawn[0], runs[0], tokens))
     else:
         page = comparison_page(distinct_names(drawn))
-    folder, name = (runs[0], REPORT) if out is None else _split(out)
     storage = open_storage(folder)
     storage.write(name, render(page))
     return page, str(storage.local / name) if storage.local is not None else f"{folder.partition('?')[0]}/{name}"
