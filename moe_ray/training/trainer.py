@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,6 @@ from moe_ray.submission import read_submission
 from moe_ray.training.elastic import ElasticController
 
 _logger = logging.getLogger(__name__)
-_ECHO_SECONDS = 1.0
 
 
 class ElasticTrainer(TorchTrainer):
@@ -45,21 +43,21 @@ class ElasticTrainer(TorchTrainer):
 
 @contextmanager
 def _stop_on_signals(controller: Any) -> Generator[None]:
-    """The first signal asks the workers to save and end, a later one ends the program.
+    """The first signal asks the workers to save and end; a Ctrl-C after it ends the program.
 
-    One right behind the first is its echo: `ray job stop` signals all processes of a job, and a chaos job passes
-    the signal on to the training that it runs.
+    A second SIGTERM is no impatience, which supervisors tell by SIGKILL: `ray job stop` signals all processes of a
+    job, and a chaos job passes the signal on to the training that it runs.
     """
-    asked_at: float | None = None
+    has_asked = False
 
     def stop(number: int, frame: Any) -> None:
-        nonlocal asked_at
-        if asked_at is None:
-            asked_at = time.monotonic()
+        nonlocal has_asked
+        if not has_asked:
+            has_asked = True
             name = signal.Signals(number).name
-            _logger.warning("%s: saving a checkpoint, then ending; again to end at once", name)
+            _logger.warning("%s: saving a checkpoint, then ending; Ctrl-C to end at once", name)
             controller.stop.remote()
-        elif time.monotonic() - asked_at > _ECHO_SECONDS:
+        elif number == signal.SIGINT:
             signal.default_int_handler(number, frame)
 
     handled = (signal.SIGINT, signal.SIGTERM)
