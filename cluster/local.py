@@ -8,8 +8,8 @@ access token, the head's log and `targets.json`, which tells Prometheus what to 
 its own, on ports of its own; `stop` ends all processes of that cluster and touches no other. Serve answers through
 HAProxy where there is one, else through its own proxy.
 
-Without --nodes the cluster is one node. With it the head grants no CPUs, and Ray's autoscaler starts nodes with the
-work and ends them without it: those of --nodes stay, those of --spot-nodes may be taken away (`cluster.preempt`).
+Without --nodes the cluster is one node. With it the head grants no CPUs, and Ray's autoscaler starts nodes with
+the work and ends them without it; `python -m cluster.preempt` takes one of --spot-nodes away, as a cloud does.
 """
 
 import argparse

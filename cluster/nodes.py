@@ -6,17 +6,13 @@ carry the resource `spot`, one a CPU, as the spot machines of cluster/aws.yaml d
 """
 
 import json
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from cluster.processes import end_processes, find_marked
+from cluster.processes import find_marked
 from moe_ray.errors import ConfigError
 
 GROUPS = ("cpu", "spot")
@@ -36,7 +32,6 @@ _NO_SETUP = {"auth": {}, "file_mounts": {}, "cluster_synced_files": []} | {
         "worker_start_ray",
     )
 }
-_KILL_SECONDS = 20.0
 # Variables of all processes of a cluster with such nodes.
 ENVIRONMENT = {
     "RAY_FAKE_CLUSTER": "1",
@@ -89,7 +84,8 @@ class NodePlan:
 
     def __str__(self) -> str:
         ranges = [f"{name} {least} to {most}" for name, (least, most) in self._groups().items() if most]
-        return f"{', '.join(ranges)}, at most {self.most}, {self.cpus_per_node} CPUs each, {self.idle_seconds:g} s idle"
+        each = f"{self.cpus_per_node} CPUs each, ended after {self.idle_seconds:g} s"
+        return f"{', '.join(ranges)}, at most {self.most}, {each}"
 
     def write(self, file: Path, gcs_address: str) -> None:
         """Write the configuration that `ray start --autoscaling-config` takes."""
@@ -153,33 +149,6 @@ def running_nodes(marker: str) -> list[LocalNode]:
             found.setdefault(node_id, []).append(process)
             groups[node_id] = group
     return [LocalNode(node_id, groups[node_id], tuple(found[node_id])) for node_id in sorted(found)]
-
-
-def lose(node: LocalNode) -> None:
-    """SIGKILL all processes of a node, as when a cloud takes a spot machine back."""
-    survivors = end_processes(node.processes, _KILL_SECONDS)
-    assert not survivors, survivors
-
-
-def drain(node: LocalNode, environment: Mapping[str, str], seconds: int) -> None:
-    """Give notice that a node goes in so many seconds, and take it away then.
-
-    Args:
-        environment: of a client of the cluster.
-    """
-    deadline = time.monotonic() + seconds
-    options = {
-        "address": environment["RAY_ADDRESS"],
-        "node-id": node.node_id,
-        "reason": "DRAIN_NODE_REASON_PREEMPTION",
-        "reason-message": "taken back",
-        "deadline-remaining-seconds": seconds,
-    }
-    command = [str(Path(sys.executable).with_name("ray")), "drain-node"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    subprocess.run(command, env=dict(environment), check=True, capture_output=True, timeout=60)
-    time.sleep(max(0.0, deadline - time.monotonic()))
-    lose(node)
 
 
 def count_nodes(gcs_address: str) -> dict[str, Counter[str]]:
