@@ -24,7 +24,7 @@ def count_slots(
     Args:
         per_worker: resources of one worker.
         held: workers by node id whose resources count as free, because they are ours.
-        claims: resources that others take first, each on one node, where it costs the fewest workers.
+        claims: resources that others take first, as in `fit`.
         probe: also connect to each node: the cluster's own view lags behind a loss by many seconds.
     """
     nodes = _staying_nodes()
@@ -33,9 +33,22 @@ def count_slots(
             nodes = [node for node, answers in zip(nodes, pool.map(_answers, nodes), strict=True) if answers]
     available = ray._private.state.available_resources_per_node()  # ty: ignore
     free = [_plus(available.get(node["NodeID"], {}), per_worker, held.get(node["NodeID"], 0)) for node in nodes]
+    return fit(free, per_worker, claims)
+
+
+def fit(free: Iterable[Resources], per_worker: Resources, claims: Iterable[Resources] = ()) -> int:
+    """Workers that fit on nodes.
+
+    Args:
+        free: resources of each node.
+        per_worker: resources of one worker.
+        claims: resources that others take first, each on the node where it costs the fewest workers, if it has
+            room anywhere.
+    """
+    rooms = [dict(room) for room in free]
     for claim in claims:
-        _take(free, claim, per_worker)
-    return sum(_fitting(room, per_worker) for room in free)
+        _take(rooms, claim, per_worker)
+    return sum(_fitting(room, per_worker) for room in rooms)
 
 
 def count_whole(per_worker: Resources, taken: Mapping[str, Resources]) -> tuple[int, int]:
@@ -59,7 +72,6 @@ def _staying_nodes() -> list[dict[str, Any]]:
 
 
 def _take(free: list[dict[str, float]], claim: Resources, per_worker: Resources) -> None:
-    """Subtract a claim from the node where it costs the fewest workers, if any has room for it."""
     costs: list[tuple[int, int, dict[str, float]]] = []
     for number, room in enumerate(free):
         if _fitting(room, claim):
