@@ -84,6 +84,8 @@ class Story:
         from ray import serve
 
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
+        # Ray has just put its own in place.
+        _heed_sigterm()
         self.port = free_port(28_000)
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": self.port})
 
@@ -203,19 +205,21 @@ def deploy(story: Story) -> list[bytes]:
 
 
 def _holder() -> type:
+    from starlette.responses import PlainTextResponse
+
     class Holder:
         """Holds each request for a second, as an engine of a model would."""
 
         def __init__(self) -> None:
             self.held = 0
 
-        async def __call__(self, request: Any) -> str:
+        async def __call__(self, request: Any) -> PlainTextResponse:
             self.held += 1
             try:
                 await asyncio.sleep(1.0)
             finally:
                 self.held -= 1
-            return "done"
+            return PlainTextResponse("done")
 
         def record_autoscaling_stats(self) -> dict[str, float]:
             return {"requests": float(self.held), "queued_tokens": 0.0}
@@ -360,6 +364,7 @@ def report(seconds: dict[str, float], answers: Answers, training: dict[str, Any]
 
 def main(options: argparse.Namespace) -> None:
     """Measure, print the tables and write them as JSON."""
+    _heed_sigterm()
     with tempfile.TemporaryDirectory(prefix="no-", dir="/tmp") as name:  # nosec B108
         story = Story(Path(name), options)
         try:
@@ -382,6 +387,11 @@ def main(options: argparse.Namespace) -> None:
     }
     options.out.parent.mkdir(exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1, default=str), encoding="utf-8")
+
+
+def _heed_sigterm() -> None:
+    """So that the cluster is stopped then, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 def parse() -> argparse.Namespace:

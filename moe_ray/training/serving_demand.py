@@ -46,7 +46,7 @@ def serving_demand() -> ServingDemand:
 
 def _replicas(state: str) -> Iterator[Any]:
     accessor = ray._private.state.state._connect_and_get_accessor()  # ty: ignore
-    for serialized in accessor.get_all_actor_info(None, state):
+    for serialized in accessor.get_actor_table(None, state):
         actor = ActorTableData.FromString(serialized)
         if actor.class_name.startswith(_REPLICA):
             yield actor
