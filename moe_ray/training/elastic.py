@@ -121,7 +121,11 @@ class ElasticController(TrainController):
         self._settings = config
         self._events = Events(config)
         self._policy = WorldPolicy(
-            train_run_context.scaling_config, config, self._events, lambda: self._ask(Request.SAVE)
+            train_run_context.scaling_config,
+            config,
+            self._events,
+            save_only=lambda: self._ask(Request.SAVE),
+            release=self._release,
         )
         retry = RetryPolicy(train_run_context.run_config.failure_config, config, self._events, self._policy.delay)
         rest |= {"scaling_policy": self._policy, "failure_policy": retry}
@@ -159,6 +163,15 @@ class ElasticController(TrainController):
         self._events.add("start", f"{num_workers} workers train", workers=num_workers)
         if self._policy.is_stopping:
             self._ask(Request.STOP)
+
+    def _release(self) -> None:
+        group = self.get_worker_group()
+        if group is not None:
+            status = group.get_latest_poll_status()
+            if status is not None and status.errors:
+                _kill_silent(group, status)
+            self._shutdown_worker_group()
+        self._policy.held = {}
 
     def _save_before(self, num_workers: int) -> None:
         """Let the workers save and end, so that the change of the world costs no step."""

@@ -1,8 +1,8 @@
 """For how many workers the autoscaler is asked to have nodes.
 
 Ray's autoscaler compares a request with whole nodes, busy or not, and takes it as a whole: where the limits of
-the cluster keep it from all, it starts no node at all (Ray 2.60, `_enforce_resource_constraints`). So what replicas
-hold is asked for on top, and what is infeasible is halved until it is not.
+the cluster keep it from all, it starts no node at all (`_enforce_resource_constraints` in Ray 2.60). So what
+replicas hold is asked for on top, and what is infeasible is halved until it is not.
 """
 
 import time

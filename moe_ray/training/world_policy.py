@@ -29,11 +29,24 @@ _WAITING_LOG_SECONDS = 30.0
 
 
 class WorldPolicy(ElasticScalingPolicy):
-    """As many workers as fit on free resources of nodes that stay, between `min` and `max`."""
+    """As many workers as fit on free resources of nodes that stay, between `min` and `max`.
 
-    def __init__(self, scaling_config: Any, config: Config, events: Events, save_only: Callable[[], None]) -> None:
+    Args:
+        save_only: asks the workers to save and go on.
+        release: gives up what is left of workers that have failed.
+    """
+
+    def __init__(
+        self,
+        scaling_config: Any,
+        config: Config,
+        events: Events,
+        save_only: Callable[[], None],
+        release: Callable[[], None],
+    ) -> None:
         super().__init__(scaling_config)
         self.save_only = save_only
+        self.release = release
         self.held: Mapping[str, int] = {}
         self._config = config
         self._parallel = config.parallel
@@ -70,6 +83,9 @@ class WorldPolicy(ElasticScalingPolicy):
         settled = count == self._parallel.max_workers or now - self._seen[1] >= _SETTLE_SECONDS
         if count >= self._parallel.min_workers and settled:
             return self._resize(count)
+        if count < self._parallel.min_workers and self.held:
+            # Ray moves their places to any node that comes, where nobody would use them.
+            self.release()
         if count < self._parallel.min_workers and now - self._told_at > _WAITING_LOG_SECONDS:
             self._told_at = now
             self._events.add(
