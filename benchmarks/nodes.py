@@ -305,6 +305,7 @@ def _end(job: subprocess.Popen[bytes]) -> None:
 def compare(story: Story) -> dict[str, Any]:
     """Samples and losses of the run beside those of an undisturbed one."""
     from moe_ray.config import build_config
+    from moe_ray.cpu import set_threads
     from moe_ray.data.prepare import prepare
     from moe_ray.parallel.mesh import build_mesh
     from moe_ray.training.chaos.report import differing_steps, loss_difference
@@ -321,6 +322,7 @@ def compare(story: Story) -> dict[str, Any]:
         if metrics["step"] >= most:
             ask(Request.STOP)
 
+    set_threads(1)
     train(config, build_mesh(1), prepare(config), report)
     expected = [line for line in read_metrics(config.train.run_dir) if line["step"] <= most]
     return {
