@@ -4,6 +4,7 @@ usage: python -m cluster.preempt [cpu|spot] [--notice SECONDS] [--dir DIR]
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -41,7 +42,9 @@ def drain(node: LocalNode, environment: Mapping[str, str], seconds: int) -> None
     }
     command = [str(Path(sys.executable).with_name("ray")), "drain-node"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    subprocess.run(command, env=dict(environment), check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        command, env={**os.environ, **environment}, check=True, capture_output=True, timeout=_DRAIN_SECONDS
+    )
     time.sleep(max(0.0, deadline - time.monotonic()))
     lose(node)
 
