@@ -5,6 +5,7 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,8 @@ class Story:
 
     def train(self) -> subprocess.Popen[bytes]:
         """Start the training run, which goes on until it is asked to end."""
+        # The undisturbed run reads them again, and somebody may write meanwhile.
+        shutil.copytree(ROOT / "docs", self.folder / "docs")
         file = self.folder / "train.yaml"
         file.write_text(yaml.safe_dump(training_settings(self.folder, self.options)), encoding="utf-8")
         with (self.folder / "train.log").open("wb") as log:
@@ -128,7 +131,7 @@ def training_settings(folder: Path, options: argparse.Namespace) -> dict[str, An
     return {
         "model": model,
         "data": {
-            "sources": [f"docs={ROOT}/docs/*.md"],
+            "sources": [f"docs={folder}/docs/*.md"],
             "sequence_length": 32,
             "validation_fraction": 0.2,
             "path": str(folder / "data"),

@@ -98,7 +98,7 @@ class ParallelConfig(Section):
         "and make way, down to the least of parallel.workers; null: never",
     )
     return_after_seconds: NonNegativeFloat = Field(
-        60.0, description="the world grows once no replica has waited for so long, if workers make way for them"
+        60.0, description="a world whose workers have made way for replicas does not grow for so long"
     )
     max_failures: PositiveInt = Field(
         5, description="failures in a row without a new checkpoint in between before training gives up"

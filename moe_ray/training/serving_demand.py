@@ -70,7 +70,7 @@ class ServingWatch:
     def __init__(self, parallel: ParallelConfig) -> None:
         self._parallel = parallel
         self._demand = ServingDemand({}, ())
-        self._looked_at = self._waited_at = float("-inf")
+        self._looked_at = float("-inf")
         self._waits_since: float | None = None
 
     def look(self) -> ServingDemand:
@@ -82,21 +82,11 @@ class ServingWatch:
                 self._waits_since = None
             elif self._waits_since is None:
                 self._waits_since = now
-            if self._demand.waiting:
-                self._waited_at = now
         return self._demand
 
     @property
     def has_waited(self) -> bool:
         """Whether replicas wait for so long that training makes way."""
         patience = self._parallel.yield_after_seconds
-        return patience is not None and self._waits_since is not None and self._for(self._waits_since) >= patience
-
-    @property
-    def is_content(self) -> bool:
-        """Whether no replica has waited for so long that training may take room again."""
-        return self._for(self._waited_at) >= self._parallel.return_after_seconds
-
-    @staticmethod
-    def _for(since: float) -> float:
-        return time.monotonic() - since
+        since = self._waits_since
+        return patience is not None and since is not None and time.monotonic() - since >= patience

@@ -55,7 +55,7 @@ class WorldPolicy(ElasticScalingPolicy):
         self._seen = (-1, 0.0)
         self._told_at = float("-inf")
         self._doomed: frozenset[str] = frozenset()
-        self._not_before = float("-inf")
+        self._not_before = self._yielded_at = float("-inf")
         self._serving = ServingWatch(config.parallel)
         self._request = NodeRequest(config.parallel, self._per_worker)
         self.is_stopping = False
@@ -118,12 +118,13 @@ class WorldPolicy(ElasticScalingPolicy):
         if self._serving.has_waited:
             count = max(self._count(), self._parallel.min_workers)
             if count < current:
+                self._yielded_at = now
                 waiting = len(self._serving.look().waiting)
                 self._events.add("yield", f"{waiting} replicas wait for room of this run", replicas=waiting)
                 return self._resize(count)
-        started = max(worker_group_state.start_time, self._latest_monitor_time)
-        if not self._serving.is_content:
+        if now - self._yielded_at < self._parallel.return_after_seconds:
             return NoopDecision()
+        started = max(worker_group_state.start_time, self._latest_monitor_time)
         if current >= self._parallel.max_workers or now - started < self._parallel.grow_after_seconds:
             return NoopDecision()
         self._latest_monitor_time = now
