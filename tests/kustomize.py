@@ -10,7 +10,7 @@ import jsonpatch
 import yaml
 
 Manifest = dict[str, Any]
-_CLUSTER_SCOPED = ("Namespace",)
+_CLUSTER_SCOPED = ("Namespace", "PriorityClass")
 
 
 def render(folder: Path) -> list[Manifest]:

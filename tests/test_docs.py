@@ -74,7 +74,7 @@ def test_commands_train(page: str, tmp_path: Path) -> None:
 def test_commands_of_the_page_on_logs_log_and_track(tmp_path: Path) -> None:
     (tmp_path / "wiki").mkdir()
     logged, tracked = blocks("logging", "bash")
-    assert '"logger": "moe_ray.training.elastic"' in run_in(tmp_path, logged)
+    assert '"logger": "moe_ray.training.events"' in run_in(tmp_path, logged)
     run_in(tmp_path, tracked)
     folder = tmp_path / "runs" / "tracked" / "trackers"
     assert {path.name for path in folder.iterdir()} == {"tensorboard", "mlflow.db", "wandb"}

@@ -125,7 +125,7 @@ def test_training_logs_say_who_speaks(run: Run) -> None:
     assert {line["run"] for line in lines} == {"measured"}
     assert {(line["logger"], line.get("rank")) for line in lines} >= {
         ("moe_ray.training.launcher", 0),
-        ("moe_ray.training.elastic", None),
+        ("moe_ray.training.events", None),
     }
     assert len({line["job"] for line in lines if "job" in line}) == 1
     assert SECRET not in run.output

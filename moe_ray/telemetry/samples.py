@@ -8,7 +8,7 @@ from moe_ray.config import Config
 from moe_ray.telemetry.records import BY_DOMAIN, is_number
 
 PHASES = ("data", "forward", "dispatch", "backward", "reduce", "optimizer")
-EVENTS = ("job", "start", "failure", "waiting", "drain", "resize", "restart", "stop")
+EVENTS = ("job", "start", "failure", "waiting", "drain", "resize", "restart", "yield", "stop")
 # Of a record of metrics.jsonl: fields with the same meaning under another name.
 _NUMBERS = {
     "moe_train_step": "step",

@@ -1,15 +1,13 @@
 """Ray Train's controller with our answers to its two questions: how many workers, and whether to try again.
 
-Ray Train's own elastic policy counts all resources, busy or not, lags behind the loss of a node, and restarts a
-growing group from the last checkpoint. Ours counts what is free on nodes that answer, and asks the workers for a
-checkpoint before it changes the world.
+Before it changes the world it asks the workers for a checkpoint, where Ray Train's own restarts from the last one.
 """
 
 import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -22,34 +20,23 @@ from ray.train.v2._internal.exceptions import (
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import (
-    ElasticScalingPolicy,
-    NoopDecision,
-    ResizeDecision,
-    ScalingDecision,
-)
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moe_ray.checkpoint.catalog import list_steps
 from moe_ray.config import Config, build_config
-from moe_ray.errors import MoeRayError, StorageError, TrainingError
-from moe_ray.parallel.plan import best_world
-from moe_ray.ray_metrics import RayMetrics
+from moe_ray.errors import MoeRayError, StorageError
 from moe_ray.storage import open_storage
 from moe_ray.submission import Submission
 from moe_ray.telemetry.logs import setup_logging
-from moe_ray.telemetry.run_log import EVENTS as EVENTS_LOG
-from moe_ray.telemetry.run_log import RunLog
-from moe_ray.telemetry.samples import EVENTS, event_sample
-from moe_ray.training.cluster_view import count_slots, draining_nodes
+from moe_ray.training.events import Events
 from moe_ray.training.failures import our_error, root_causes
 from moe_ray.training.requests import Request, ask, restart_on_sigterm
+from moe_ray.training.world_policy import WorldPolicy
 
 _logger = logging.getLogger(__name__)
-_SETTLE_SECONDS = 2.0
 _KILL_SECONDS = 5.0
-_WAITING_LOG_SECONDS = 30.0
 # What a worker raises for a mistake in code, such as that of a router of the user's own: no restart mends it.
 _BUGS = (
     ArithmeticError,
@@ -61,114 +48,6 @@ _BUGS = (
     TypeError,
     ValueError,
 )
-
-
-class Events:
-    """What happened to the workers of a run, as lines of its events.jsonl and of the log, and as counters."""
-
-    def __init__(self, config: Config) -> None:
-        self._log = RunLog(open_storage(config.train.run_uri, config.checkpoint.retry_seconds), EVENTS_LOG)
-        self._run = config.train.name
-        self._metrics = RayMetrics()
-        self._metrics.send(event_sample(self._run, event, times=0) for event in EVENTS)
-
-    def add(self, event: str, text: str, **details: Any) -> None:
-        """Note an event.
-
-        Args:
-            event: its kind.
-            text: the same for people.
-            details: numbers and names.
-        """
-        _logger.info("%s", text)
-        self._log.append({"event": event, "time": time.time(), **details})
-        self._metrics.send([event_sample(self._run, event)])
-
-
-class WorldPolicy(ElasticScalingPolicy):
-    """As many workers as fit on free resources of nodes that stay, between `min` and `max`."""
-
-    def __init__(self, scaling_config: Any, config: Config, events: Events, save_only: Callable[[], None]) -> None:
-        super().__init__(scaling_config)
-        self.save_only = save_only
-        self.held: Mapping[str, int] = {}
-        self._config = config
-        self._parallel = config.parallel
-        self._events = events
-        self._per_worker = scaling_config._resources_per_worker_not_none
-        self._seen = (-1, 0.0)
-        self._told_at = float("-inf")
-        self._doomed: frozenset[str] = frozenset()
-        self._not_before = float("-inf")
-        self.is_stopping = False
-
-    def delay(self, seconds: float) -> None:
-        """Start no workers for a while."""
-        self._not_before = time.monotonic() + seconds
-
-    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Start as soon as the count has settled: resources of the dead come back one by one.
-
-        Raises:
-            TrainingError: the run was asked to end.
-        """
-        if self.is_stopping:
-            raise TrainingError(
-                "a signal ended the run while no worker trained.", "run the same command to go on."
-            )
-        self._maybe_send_resource_request()
-        if time.monotonic() < self._not_before:
-            return NoopDecision()
-        count, now = self._count(probe=True), time.monotonic()
-        if count != self._seen[0]:
-            self._seen = (count, now)
-        settled = count == self._parallel.max_workers or now - self._seen[1] >= _SETTLE_SECONDS
-        if count >= self._parallel.min_workers and settled:
-            return self._resize(count)
-        if count < self._parallel.min_workers and now - self._told_at > _WAITING_LOG_SECONDS:
-            self._told_at = now
-            self._events.add(
-                "waiting",
-                f"waiting for room for {self._parallel.min_workers} workers; there is room for {count}",
-                room=count,
-            )
-        return NoopDecision()
-
-    def make_decision_for_running_worker_group(
-        self, worker_group_state: Any, worker_group_status: Any
-    ) -> ScalingDecision:
-        """Shrink at once if a node of ours is to leave, grow after `parallel.grow_after_seconds`."""
-        self._maybe_send_resource_request()
-        current, now = worker_group_state.num_workers, time.monotonic()
-        if worker_group_status.finished:
-            self._events.add("restart", "the workers have saved and make way for another world")
-            return self._resize(max(self._count(), self._parallel.min_workers))
-        doomed = draining_nodes() & self.held.keys()
-        if doomed - self._doomed:
-            self._doomed = doomed
-            count = self._count()
-            self._events.add(
-                "drain", f"{len(doomed)} nodes of this run are to leave", nodes=len(doomed), room=count
-            )
-            if count >= self._parallel.min_workers:
-                return self._resize(count)
-            self.save_only()
-            return NoopDecision()
-        started = max(worker_group_state.start_time, self._latest_monitor_time)
-        if current >= self._parallel.max_workers or now - started < self._parallel.grow_after_seconds:
-            return NoopDecision()
-        self._latest_monitor_time = now
-        count = self._count()
-        return self._resize(count) if count > current else NoopDecision()
-
-    def _count(self, probe: bool = False) -> int:
-        room = min(count_slots(self._per_worker, self.held, probe=probe), self._parallel.max_workers)
-        if room < self._parallel.min_workers or self._parallel.memory_gib is None:
-            return room
-        return best_world(self._config, room, int(self._parallel.memory_gib * 2**30))
-
-    def _resize(self, count: int) -> ResizeDecision:
-        return ResizeDecision(num_workers=count, resources_per_worker=self._per_worker)
 
 
 class RetryPolicy(FailurePolicy):
@@ -253,7 +132,11 @@ class ElasticController(TrainController):
         if submission is not None:
             self._events.add("job", f"job {id} trains", submission=id, metadata=submission.metadata)
         self._policy = WorldPolicy(
-            train_run_context.scaling_config, config, self._events, lambda: self._ask(Request.SAVE)
+            train_run_context.scaling_config,
+            config,
+            self._events,
+            save_only=lambda: self._ask(Request.SAVE),
+            release=self._release,
         )
         retry = RetryPolicy(train_run_context.run_config.failure_config, config, self._events, self._policy.delay)
         rest |= {"scaling_policy": self._policy, "failure_policy": retry}
@@ -291,6 +174,15 @@ class ElasticController(TrainController):
         self._events.add("start", f"{num_workers} workers train", workers=num_workers)
         if self._policy.is_stopping:
             self._ask(Request.STOP)
+
+    def _release(self) -> None:
+        group = self.get_worker_group()
+        if group is not None:
+            status = group.get_latest_poll_status()
+            if status is not None and status.errors:
+                _kill_silent(group, status)
+            self._shutdown_worker_group()
+        self._policy.held = {}
 
     def _save_before(self, num_workers: int) -> None:
         """Let the workers save and end, so that the change of the world costs no step."""

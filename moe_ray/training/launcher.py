@@ -166,7 +166,9 @@ def _trainer(config: Config, data_dir: Path, lease: str, scratch: str) -> Elasti
         scaling_config=ScalingConfig(
             num_workers=(parallel.min_workers, parallel.max_workers),  # ty: ignore
             use_gpu=parallel.use_gpu,
-            resources_per_worker={"CPU": parallel.cpus_per_worker} | ({"GPU": 1} if parallel.use_gpu else {}),
+            resources_per_worker={"CPU": parallel.cpus_per_worker}
+            | ({"GPU": 1} if parallel.use_gpu else {})
+            | parallel.resources,
         ),
         run_config=RunConfig(
             name="ray_train",

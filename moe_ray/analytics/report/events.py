@@ -20,6 +20,7 @@ _LETTERS = {
     "drain": "D",
     "failure": "F",
     "waiting": "W",
+    "yield": "Y",
     "stop": "E",
     "alert": "A",
     "resolved": "a",
@@ -198,6 +199,9 @@ def _describe(event: Mapping[str, Any]) -> str:
     elif kind == "drain":
         count = rest.pop("nodes", "some")
         text = f"notice that {count} node{' leaves' if count == 1 else 's leave'}"
+    elif kind == "yield":
+        count = rest.pop("replicas", "some")
+        text = f"{count} replica{' waits' if count == 1 else 's wait'} for room of this run"
     else:
         text = kind
     return "; ".join([text, *(f"{name.replace('_', ' ')} {value}" for name, value in rest.items())])

@@ -1,0 +1,187 @@
+"""Local clusters whose nodes Ray's autoscaler starts and ends, and the page that says how to use them."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from ray.serve.scripts import cli as serve
+
+from cluster.local import LocalCluster
+from cluster.nodes import NodePlan, running_nodes
+from cluster.processes import find_marked
+from moe_ray.config import build_config, load_config
+from moe_ray.errors import ConfigError
+from tests.waiting import until
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = (ROOT / "docs" / "autoscaling.md").read_text(encoding="utf-8")
+PATIENCE = 240
+# Needs a spot node until its input ends, and another one if that is lost.
+DRIVER = """
+import sys, time, ray
+ray.init(log_to_driver=False)
+@ray.remote(num_cpus=1, resources={"spot": 1}, max_restarts=-1, max_task_retries=-1)
+class Work:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+work = Work.remote()
+print(first := ray.get(work.node.remote()), flush=True)
+while (now := ray.get(work.node.remote())) == first:
+    time.sleep(0.1)
+print(now, flush=True)
+sys.stdin.read()
+"""
+
+
+def page_commands() -> list[str]:
+    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[LocalCluster]:
+    cluster = LocalCluster(tmp_path / "cluster")
+    try:
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def run(cluster: LocalCluster, command: str, *options: str) -> str:
+    """Run a command line of the page on a cluster; returns what it prints."""
+    words = [sys.executable, *shlex.split(command)[1:], *options, "--dir", str(cluster.token_file.parent)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(900)
+def test_nodes_come_with_the_work_and_go_without_it(cluster: LocalCluster) -> None:
+    start, status, lose, notice, stop = [line for line in page_commands() if line.startswith("python -m cluster.")]
+    small = ["--nodes", "1,1", "--spot-nodes", "0,1", "--max-nodes", "2", "--cpus-per-node", "1"]
+    run(cluster, start, *small, "--idle-seconds", "5")
+    head = cluster.head()
+    assert head is not None
+    temp_dir = head.temp_dir
+
+    def groups() -> list[str]:
+        return sorted(node.group for node in running_nodes(temp_dir))
+
+    until(lambda: groups() == ["cpu"], PATIENCE)
+    with subprocess.Popen(
+        [sys.executable, "-c", DRIVER],
+        env=os.environ | cluster.environment(head),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as driver:
+        try:
+            assert driver.stdout is not None
+            first = driver.stdout.readline()
+            (spot,) = (node for node in running_nodes(temp_dir) if node.group == "spot")
+            assert first == f"{spot.node_id}\n"
+            _check_loopback(temp_dir)
+            assert re.search(r"spot +1 active", run(cluster, status))
+            run(cluster, notice, "--notice", "2")
+            assert not any(process.is_running() for process in spot.processes)
+            assert first != driver.stdout.readline() != ""
+            assert groups() == ["cpu", "spot"]
+        finally:
+            driver.communicate()
+    until(lambda: groups() == ["cpu"], PATIENCE)
+    assert "of the group 'spot' runs" in _refused(cluster, lose)
+    assert run(cluster, stop) == "stopped\n"
+    assert find_marked(temp_dir) == []
+    assert not Path(temp_dir).exists()
+
+
+def _check_loopback(temp_dir: str) -> None:
+    addresses = {
+        connection.laddr.ip
+        for process in find_marked(temp_dir)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert addresses <= {"127.0.0.1", "::ffff:127.0.0.1"}
+
+
+def _refused(cluster: LocalCluster, command: str) -> str:
+    words = [sys.executable, *shlex.split(command)[1:], "--dir", str(cluster.token_file.parent)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cpu": (2, 1)}, "--nodes 2,1 is no range"),
+        ({"spot": (-1, 1)}, "--spot-nodes -1,1 is no range"),
+        ({"cpu": (3, 4), "spot": (2, 2)}, "--max-nodes 4 is fewer than the least of both"),
+        ({"cpus_per_node": 0}, "--cpus-per-node 0"),
+        ({"idle_seconds": 0.0}, "--idle-seconds 0"),
+    ],
+)
+def test_wrong_numbers_of_nodes_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        NodePlan(**options)
+
+
+def test_the_training_command_of_the_page_is_accepted() -> None:
+    (line,) = [line for line in page_commands() if line.startswith("python jobs/train.py")]
+    config = load_config(str(ROOT / shlex.split(line)[2]), shlex.split(line)[3:])
+    assert config.parallel.resources == {"spot": 1.0}
+    assert config.parallel.yield_after_seconds == 2
+
+
+def test_serve_accepts_its_commands_of_the_page() -> None:
+    started, run = [shlex.split(line)[1:] for line in page_commands() if line.startswith("serve ")]
+    assert serve.commands["start"].make_context("start", started[1:]).params["proxy_location"] == "HeadOnly"
+    parameters = serve.commands["run"].make_context("run", run[1:]).params
+    assert parameters["config_or_import_path"] == "serve_apps.moe_lm:build"
+    assert not parameters["blocking"]
+    settings = [word for word in parameters["arguments"] if word.startswith("serve.")]
+    assert build_config({}, settings).serve.max_replicas == 8
+
+
+def test_no_command_of_the_page_is_forgotten() -> None:
+    checked = (
+        "python -m cluster.",
+        "python jobs/train.py",
+        "serve start ",
+        "serve run ",
+        "source runs/cluster/env",
+    )
+    assert [line for line in page_commands() if not line.startswith(checked)] == []
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_replicas_nodes_and_training_share_a_cluster_and_lose_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/nodes.py", "--replicas", "8", "--clients", "40", "--workers", "3"]
+    command += ["--cpus-per-node", "3", "--idle-seconds", "5", "--out", str(tmp_path / "nodes.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "nodes.json").read_text())
+    assert found["requests"] > 100
+    assert found["failures"] == {}
+    looks = found["looks"]
+    assert max(look["running"] for look in looks) == 8
+    assert (max(look["nodes"] for look in looks), looks[-1]["running"]) == (3, 2)
+    training = found["training"]
+    assert (training["lost"], training["repeated"]) == (0, 0)
+    assert training["loss_difference"] < 1e-4
+    assert {1, 3} <= set(training["worlds"])
+    kinds = [event["event"] for event in found["events"]]
+    # Made way for replicas, was hit by the loss of its node, and grew again.
+    assert kinds.index("yield") < kinds.index("failure") < len(kinds) - 1 - kinds[::-1].index("start")
