@@ -179,7 +179,7 @@ def main(options: argparse.Namespace) -> None:
             story.start()
             seconds, answers = uvloop.run(live(story))
         finally:
-            story.cluster.stop()
+            story.stop()
         training = compare(story)
         events = read_events(story.run_dir)
     report(seconds, answers, training, story.looks)

@@ -75,6 +75,13 @@ class Story:
         self.port = free_port(28_000)
         serve.start(proxy_location="HeadOnly", http_options={"host": LOOPBACK, "port": self.port})
 
+    def stop(self) -> None:
+        """End all; a driver that stayed would be ended by Ray a minute later."""
+        import ray
+
+        ray.shutdown()
+        self.cluster.stop()
+
     def train(self) -> subprocess.Popen[bytes]:
         """Start the training run, which goes on until it is asked to end."""
         # The undisturbed run reads them again, and somebody may write meanwhile.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from ray.serve.scripts import cli as serve
 
 from cluster.local import LocalCluster
@@ -18,6 +19,8 @@ from cluster.nodes import NodePlan, running_nodes
 from cluster.processes import find_marked
 from moe_ray.config import build_config, load_config
 from moe_ray.errors import ConfigError
+from moe_ray.telemetry.run_log import read_metrics
+from tests.tiny import copy_corpus, tiny_settings
 from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,3 +188,24 @@ def test_replicas_nodes_and_training_share_a_cluster_and_lose_nothing(tmp_path: 
     kinds = [event["event"] for event in found["events"]]
     # Made way for replicas, was hit by the loss of its node, and grew again.
     assert kinds.index("yield") < kinds.index("failure") < len(kinds) - 1 - kinds[::-1].index("start")
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_gets_the_nodes_that_limits_allow(cluster: LocalCluster, tmp_path: Path) -> None:
+    """Ray's autoscaler starts none for a request that it cannot fulfil as a whole."""
+    head = cluster.start(nodes=NodePlan(cpu=(0, 0), spot=(0, 2), most=2, cpus_per_node=1))
+    (tmp_path / "corpus").mkdir()
+    settings = tiny_settings(copy_corpus(tmp_path / "corpus"), tmp_path / "runs", "limited")
+    settings["train"] |= {"steps": 200_000, "eval_every": 200_000}
+    settings["parallel"] = {"workers": [1, 4], "ep": "auto", "resources": {"spot": 1}, "grow_after_seconds": 1}
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "jobs/train.py", str(tmp_path / "train.yaml")]
+    with subprocess.Popen(command, cwd=ROOT, env=os.environ | cluster.environment(head)) as job:
+        try:
+            folder = tmp_path / "runs" / "limited"
+            until(lambda: any(line["world_size"] == 2 for line in read_metrics(folder)), PATIENCE)
+            assert [node.group for node in running_nodes(head.temp_dir)] == ["spot", "spot"]
+        finally:
+            job.terminate()
