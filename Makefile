@@ -117,10 +117,12 @@ bench: install
 	$(BIN)/python benchmarks/scaling_model.py --check
 	$(BIN)/python benchmarks/telemetry.py
 
+# A package that lists its names hides its modules from pdoc.
 docs: install
 	$(BIN)/python -m moe_ray.telemetry.document
 	$(BIN)/python -m moe_ray.serving.reference
-	$(BIN)/pdoc --docformat google --output-directory build/docs moe_ray jobs serve_apps cluster
+	$(BIN)/pdoc --docformat google --output-directory build/docs moe_ray jobs serve_apps cluster \
+		$(subst /,.,$(basename $(wildcard moe_ray/storage/[a-z]*.py)))
 
 dashboards: install
 	$(BIN)/python -m dashboards.generate
