@@ -1,6 +1,5 @@
 """A sweep from its settings to its best trial; the same again goes on with one that was interrupted."""
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable
