@@ -127,7 +127,13 @@ def _train(board: Board, work: Work, start: int, until: int, switch: StopSwitch)
         train = config.train.model_copy(update={"until": until if until < steps else None})
         return config.model_copy(update={"train": train})
 
-    generation = replace(work, take=lambda: waiting.pop(0) if waiting else None, settings=settings, after=start)
+    generation = replace(
+        work,
+        take=lambda: waiting.pop(0) if waiting else None,
+        settings=settings,
+        after=start,
+        until=until,
+    )
     if waiting:
         run_trials(board, generation, FIFOScheduler(), switch)
 

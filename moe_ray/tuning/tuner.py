@@ -70,7 +70,10 @@ def run_trials(board: Board, work: Work, scheduler: FIFOScheduler, switch: StopS
         tune.Tuner(
             tune.with_resources(TrialRun, tune.PlacementGroupFactory([{_this_node(): _SHARE_OF_NODE}])),
             tune_config=tune.TuneConfig(
-                search_alg=_Feed(board, work, switch), scheduler=scheduler, num_samples=-1
+                search_alg=_Feed(board, work, switch),
+                scheduler=scheduler,
+                num_samples=-1,
+                trial_dirname_creator=lambda trial: f"trial-{trial.config['number']}",
             ),
             run_config=tune.RunConfig(
                 name="sweep",
