@@ -1,13 +1,14 @@
 """The ladder: small runs at four scales of compute, of which the law is fitted."""
 
 import math
+from typing import Any
 
 import numpy as np
-from scipy.stats import qmc
 
 from moe_ray.config import Config
 from moe_ray.errors import ConfigError
-from moe_ray.tuning.auto.shapes import FEWEST_STEPS, Plan, Shape, batches, shapes, steps_of
+from moe_ray.sweep_config import SweepConfig
+from moe_ray.tuning.auto.shapes import FEWEST_STEPS, Plan, Shape, batches, run_values, shapes, steps_of
 
 RUNGS = 4
 _RATIO = 2.0
@@ -18,13 +19,15 @@ FEWEST_RUNS = 12
 _TOKENS_PER_PARAMETER = 20.0
 _WIDTHS = 3
 _LR_SPAN = math.log(4)
+# Top-k, experts, shared experts, width, batch and learning rate.
+_DRAWN = 6
 
 
 def ladder(config: Config) -> list[Plan]:
     """Its runs, which cost `sweep.ladder_share` of `sweep.budget` at most, the smallest scale first.
 
-    Widths, experts, rates and batches are drawn from a scrambled Sobol sequence (`sweep.seed`), so that any few
-    runs cover them evenly.
+    Widths, experts, rates and batches are a Latin hypercube (`sweep.seed`): on each scale every one of them is
+    covered evenly.
 
     Raises:
         ConfigError: the budget is too small, or the configuration leaves nothing to choose.
@@ -35,9 +38,36 @@ def ladder(config: Config) -> list[Plan]:
     choices = shapes(config, scales[-1] / (sequences * FEWEST_STEPS))
     plans = []
     for flops, count, seed in zip(scales, counts, range(RUNGS), strict=True):
-        draws = qmc.Sobol(6, seed=config.sweep.seed * RUNGS + seed).random(2 ** math.ceil(math.log2(count)))
-        plans += [_plan(config, choices, flops, draw) for draw in draws[:count]]
+        rng = np.random.default_rng((config.sweep.seed, seed))
+        order = rng.permuted(np.tile(np.arange(count), (_DRAWN, 1)), axis=1).T
+        draws = (order + rng.random(order.shape)) / count
+        plans += [_plan(config, choices, flops, draw) for draw in draws]
     return plans
+
+
+def ladder_values(config: Config) -> list[dict[str, Any]]:
+    """Settings of each run, for a sweep."""
+    return [run_values(config, plan) for plan in ladder(config)]
+
+
+def check_auto(config: Config) -> None:
+    """Look for mistakes in `config.sweep` with `sweep.auto` that show before any run begins.
+
+    Raises:
+        ConfigError: a setting of sweeps has no meaning here, the model is given, or the budget is too small.
+    """
+    default, sweep = SweepConfig(), config.sweep
+    for name in ("space", "first", "metric", "mode", "constraints", "algorithm", "scheduler"):
+        if getattr(sweep, name) != getattr(default, name):
+            raise ConfigError(
+                f"sweep.{name}={getattr(sweep, name)!r} has no meaning with sweep.auto=true.", "leave it out."
+            )
+    if config.model.init_from or config.model.upcycle_from:
+        raise ConfigError(
+            "sweep.auto=true picks an architecture, and model.init_from or model.upcycle_from gives one.",
+            "leave it out, or vary other settings with sweep.space.",
+        )
+    rung_flops(config)
 
 
 def rung_flops(config: Config) -> list[float]:
@@ -62,8 +92,8 @@ def rung_flops(config: Config) -> list[float]:
         raise ConfigError(
             f"sweep.budget={'null' if budget is None else f'{budget:.3g}'} does not pay for a ladder of "
             f"{sum(counts)} runs.",
-            f"with these settings it is at least {_rounded_up(smallest):.3g} FLOPs; fewer sweep.trials or a smaller "
-            "train.global_batch lower that.",
+            f"with these settings it is at least {_rounded_up(smallest):.3g} FLOPs; fewer sweep.trials or a "
+            "smaller train.global_batch lower that.",
         )
     return [config.sweep.ladder_share * budget / units * _RATIO**rung for rung in range(RUNGS)]
 
@@ -89,7 +119,7 @@ def _plan(config: Config, choices: list[Shape], flops: float, draw: np.ndarray) 
 
 
 def _pick(fits: list[Shape], flops: float, draw: np.ndarray) -> Shape:
-    """First the experts, so that each choice is tried equally often, then one of the widths nearest to the optimum."""
+    """First the experts, so that each choice is tried equally often, then a width near the optimum."""
     for name, at in (("top_k", 0), ("num_experts", 1), ("num_shared_experts", 2)):
         values = sorted({getattr(shape.model, name) for shape in fits})
         chosen = values[int(draw[at] * len(values))]

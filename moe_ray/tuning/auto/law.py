@@ -5,26 +5,25 @@
     ln lr* = l0 + l1 ln(C / C0)        ln b* = b0 + b1 ln(C / C0)
 
 of N active parameters, D tokens, C = FLOPs, G experts a token (finer ones the more there are, at equal width
-together) and b tokens a batch. The first line without its exponential is Hoffmann et al. 2022; M is the size of the
-dense model of equal loss, as in Clark et al. 2022, with the power of granularity that Krajewski et al. 2024 found;
-the optima of learning rate and batch are powers of compute, as in DeepSeek-AI 2024 (DeepSeek LLM, section 3.1).
+together) and b tokens a batch. The first line without its exponential is Hoffmann et al. 2022; M is the size of
+the dense model of equal loss, as in Clark et al. 2022, with the power of granularity that Krajewski et al. 2024
+found; the optima of learning rate and batch are powers of compute, as in DeepSeek-AI 2024 (DeepSeek LLM, 3.1).
 
 A few dozen runs leave such a law open, so each parameter has a normal prior at what these papers found. The fit is
-the most probable law: log residuals with Huber's weights (Hoffmann et al. 2022, appendix D), and the priors'. What is open is
-sampled by randomize-then-optimize (Bardsley et al. 2014), a parametric bootstrap in which the priors are drawn
-anew as well: each sample is the fit to losses with drawn noise and to drawn priors.
+the most probable law: log residuals with Huber's weights (Hoffmann et al. 2022, appendix D), and the priors'. What
+is open is sampled by randomize-then-optimize (Bardsley et al. 2014), a parametric bootstrap in which the priors
+are drawn anew as well: each sample is the fit to losses with drawn noise and to drawn priors.
 
 Shapes: N runs, M points to predict, P parameters, R samples.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import numpy as np
-from scipy.optimize import least_squares
 
-# Mean and deviation of the priors. a and b are A / M^alpha and B / D^beta at the ladder's middle, in nats; rates are
-# relative to the middle of those tried.
+# Mean and deviation of the priors. a and b are A / M^alpha and B / D^beta at the ladder's middle, in nats; optima
+# are relative to the middle of what was tried.
 PRIORS = {
     "ln_E": (np.log(1.7), 0.5),
     "ln_a": (0.0, 1.0),
@@ -46,6 +45,8 @@ _MEAN_P, _DEVIATION_P = np.array(list(PRIORS.values())).T
 _NOISE, _NOISE_RUNS = 0.01, 4
 _HUBER = 1.5
 _ROUNDS = 6
+_MOST_STEPS = 60
+_CONVERGED = 1e-5
 
 
 @dataclass(frozen=True)
@@ -110,49 +111,72 @@ class Law:
 def fit_law(points: Points, losses_N: np.ndarray, *, samples: int = 200, seed: int = 0) -> Law:
     """The law of runs with these losses."""
     middle = {field.name: float(getattr(points, field.name).mean()) for field in fields(points)}
-    target_N = np.log(losses_N)
-    noise, weights_N, best_P = _NOISE, np.ones(len(points)), _MEAN_P
+    target_N, weights_N = np.log(losses_N), np.ones(len(points))
+    problem = _Problem(points, middle, target_N[None], weights_N[None] / _NOISE, _MEAN_P[None])
+    best_1P = _MEAN_P[None]
     for _ in range(_ROUNDS):
-        best_P, jacobian = _minimise(points, target_N, middle, noise, weights_N, _MEAN_P, best_P)
-        residual_N = target_N - _log_loss(best_P[None], points, middle)[0]
-        weights_N = np.minimum(1.0, _HUBER * noise / np.maximum(np.abs(residual_N), 1e-12))
-        # Parameters that the runs, not the priors, decide.
-        used = float(
-            np.trace(np.linalg.pinv(jacobian.T @ jacobian) @ (jacobian[: len(points)].T @ jacobian[: len(points)]))
-        )
+        best_1P = _minimise(problem, best_1P)
+        residual_N = target_N - _log_loss(best_1P, points, middle)[0]
+        jacobian = _jacobian(problem, best_1P)[0]
+        # As many parameters as the runs, not the priors, decide.
+        of_runs = jacobian[: len(points)].T @ jacobian[: len(points)]
+        freedom = _NOISE_RUNS + len(points) - float(np.trace(np.linalg.solve(jacobian.T @ jacobian, of_runs)))
         squares = _NOISE_RUNS * _NOISE**2 + float(weights_N @ residual_N**2)
-        freedom = _NOISE_RUNS + len(points) - used
         noise = np.sqrt(squares / freedom)
+        weights_N = np.minimum(1.0, _HUBER * noise / np.maximum(np.abs(residual_N), 1e-12))
+        problem = replace(problem, scale_RN=np.sqrt(weights_N)[None] / noise)
     rng = np.random.default_rng(seed)
     noise_R = np.sqrt(squares / rng.chisquare(freedom, samples))
-    fitted_N = _log_loss(best_P[None], points, middle)[0]
-    drawn = []
-    for deviation in noise_R:
-        # Around what was measured: a law that misses some runs stays as far from them.
-        noisy_N = target_N + deviation * rng.standard_normal(len(points)) / np.sqrt(weights_N)
-        prior_P = _MEAN_P + _DEVIATION_P * rng.standard_normal(len(_MEAN_P))
-        drawn.append(_minimise(points, noisy_N, middle, deviation, weights_N, prior_P, best_P)[0])
-    return Law(middle, best_P, np.array(drawn), noise_R)
+    scale_RN = np.sqrt(weights_N) / noise_R[:, None]
+    noisy_RN = target_N + rng.standard_normal(scale_RN.shape) / scale_RN
+    priors_RP = _MEAN_P + _DEVIATION_P * rng.standard_normal((samples, len(PRIORS)))
+    drawn = replace(problem, target_RN=noisy_RN, scale_RN=scale_RN, prior_RP=priors_RP)
+    samples_RP = _minimise(drawn, np.repeat(best_1P, samples, axis=0))
+    return Law(middle, best_1P[0], samples_RP, noise_R)
 
 
-def _minimise(
-    points: Points,
-    target_N: np.ndarray,
-    middle: dict[str, float],
-    noise: float,
-    weights_N: np.ndarray,
-    prior_P: np.ndarray,
-    start_P: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Parameters [P] and the Jacobian [N + P, P] of the residuals, all in deviations."""
-    scale_N = np.sqrt(weights_N) / noise
+@dataclass(frozen=True)
+class _Problem:
+    """R fits of the same runs: log losses, one over their deviations, and means of the priors."""
 
-    def residuals(values_P: np.ndarray) -> np.ndarray:
-        misfit_N = (_log_loss(values_P[None], points, middle)[0] - target_N) * scale_N
-        return np.concatenate([misfit_N, (values_P - prior_P) / _DEVIATION_P])
+    points: Points
+    middle: dict[str, float]
+    target_RN: np.ndarray
+    scale_RN: np.ndarray
+    prior_RP: np.ndarray
 
-    found = least_squares(residuals, start_P, method="lm", ftol=1e-6, xtol=1e-6, max_nfev=400)
-    return found.x, found.jac
+    def residuals(self, values_RP: np.ndarray) -> np.ndarray:
+        """What is minimised the squares of [R, N + P], in deviations."""
+        misfit_RN = (_log_loss(values_RP, self.points, self.middle) - self.target_RN) * self.scale_RN
+        return np.concatenate([misfit_RN, (values_RP - self.prior_RP) / _DEVIATION_P], axis=1)
+
+
+def _minimise(problem: _Problem, start_RP: np.ndarray) -> np.ndarray:
+    """Parameters [R, P] of all fits at once, by Levenberg and Marquardt's method."""
+    values_RP, damping_R = start_RP, np.full(len(start_RP), 1e-2)
+    residual = problem.residuals(values_RP)
+    for _ in range(_MOST_STEPS):
+        jacobian = _jacobian(problem, values_RP)
+        normal = jacobian.transpose(0, 2, 1) @ jacobian
+        damped = normal + damping_R[:, None, None] * normal * np.eye(len(PRIORS))
+        gradient = jacobian.transpose(0, 2, 1) @ residual[:, :, None]
+        tried_RP = values_RP - np.linalg.solve(damped, gradient)[:, :, 0]
+        tried = problem.residuals(tried_RP)
+        gain_R = (residual**2).sum(axis=1) - (tried**2).sum(axis=1)
+        better_R = gain_R > 0
+        values_RP = np.where(better_R[:, None], tried_RP, values_RP)
+        residual = np.where(better_R[:, None], tried, residual)
+        damping_R = np.clip(np.where(better_R, damping_R / 5, damping_R * 5), 1e-9, 1e9)
+        if (np.abs(gain_R) < _CONVERGED).all():
+            break
+    return values_RP
+
+
+def _jacobian(problem: _Problem, values_RP: np.ndarray) -> np.ndarray:
+    """Derivatives [R, N + P, P] of the residuals."""
+    base, step = problem.residuals(values_RP), 1e-6
+    columns = [(problem.residuals(values_RP + step * unit_P) - base) / step for unit_P in np.eye(len(PRIORS))]
+    return np.stack(columns, axis=2)
 
 
 def _columns(values_RP: np.ndarray) -> dict[str, np.ndarray]:

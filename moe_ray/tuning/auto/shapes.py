@@ -1,9 +1,9 @@
 """The models that AutoML chooses from: those of the configuration in other sizes, with other experts.
 
-Of the configured model stay: what kind it is (preset, attention, router, vocabulary), its width over its depth, and the
-width of the experts of a token over that of the model. What varies: the width, and with it blocks and heads;
-`top_k` and shared experts, which divide the width of a token's experts among them (granularity); and how many experts
-there are for each that a token takes.
+Of the configured model stay: what kind it is (preset, attention, router, vocabulary), its width over its depth,
+and the width of the experts of a token over that of the model. What varies: the width, and with it blocks and
+heads; `top_k` and shared experts, which divide the width of a token's experts among them (granularity); and how
+many experts there are for each that a token takes.
 """
 
 import math
@@ -24,7 +24,6 @@ SHARED = (0, 1)
 _MOST_EXPERTS = 256
 _SMALLEST_DIM = 32
 _MULTIPLE = 8
-# Warm-up is this share of a run where the configuration has none.
 FEWEST_STEPS = 40
 
 
@@ -96,7 +95,7 @@ def steps_of(config: Config, shape: Shape, flops: float, batch: int) -> int:
 
 def run_values(config: Config, plan: Plan) -> dict[str, Any]:
     """Settings of a run: architecture, rate, batch, and what follows from its number of steps."""
-    warmup = max(1, round(plan.steps * config.optim.warmup_steps / config.train.steps))
+    warmup = round(plan.steps * config.optim.warmup_steps / config.train.steps)
     evaluated = max(1, round(config.train.eval_batches * config.train.global_batch / plan.batch))
     return {
         **plan.shape.settings,
