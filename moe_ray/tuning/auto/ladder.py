@@ -127,7 +127,7 @@ def _pick(fits: list[Shape], flops: float, draw: np.ndarray) -> Shape:
 
     def distance(shape: Shape) -> float:
         tokens = flops / shape.flops_per_token
-        return abs(math.log(tokens / shape.model.num_active_params() / _TOKENS_PER_PARAMETER))
+        return abs(math.log(tokens / shape.active / _TOKENS_PER_PARAMETER))
 
     near = sorted(fits, key=distance)[:_WIDTHS]
     return near[int(draw[3] * len(near))]

@@ -19,9 +19,9 @@ from moe_ray.tuning.auto.shapes import (
     Plan,
     Shape,
     batches,
-    configured_shape,
     points_of,
     run_values,
+    shape_of,
     shapes,
     steps_of,
 )
@@ -48,6 +48,11 @@ class Estimate:
     middle: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, values_R: np.ndarray) -> "Estimate":
+        """Median and interval of samples."""
+        return cls(float(np.median(values_R)), *np.quantile(values_R, _INTERVAL).tolist())
 
     def __str__(self) -> str:
         return f"{self.middle:.3f} (90%: {self.low:.3f} to {self.high:.3f})"
@@ -88,6 +93,7 @@ class Recommendation:
         values: its settings, as of a trial.
         label: what it is, in words.
         flops, tokens: of its training.
+        active: parameters that a token meets.
         loss: predicted, a run's noise included.
         lr: the best learning rate.
         decisions: the choices, each by itself.
@@ -104,6 +110,7 @@ class Recommendation:
     label: str
     flops: float
     tokens: int
+    active: int
     loss: Estimate
     lr: Estimate
     decisions: list[Decision]
@@ -117,13 +124,13 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class Ladder:
-    """The finished runs, and the law that fits them."""
+    """The finished runs, the law that fits them, and what it may be asked about."""
 
     trials: list[Trial]
-    plans: list[Plan]
     points: Points
     losses: np.ndarray
     law: Law
+    shapes: list[Shape]
 
 
 def fit_ladder(config: Config, trials: Sequence[Trial]) -> Ladder:
@@ -140,15 +147,21 @@ def fit_ladder(config: Config, trials: Sequence[Trial]) -> Ladder:
         )
     plans = [_plan_of(config, trial) for trial in done]
     points, losses = points_of(config, plans), np.array([_loss(trial) for trial in done])
-    return Ladder(done, plans, points, losses, fit_law(points, losses, seed=config.sweep.seed))
+    law = fit_law(points, losses, seed=config.sweep.seed)
+    cheapest = min(batches(config)) * config.data.sequence_length * FEWEST_STEPS
+    return Ladder(done, points, losses, law, shapes(config, model_flops(config) / cheapest))
+
+
+def model_flops(config: Config) -> float:
+    """What the ladder leaves of the budget."""
+    assert config.sweep.budget is not None
+    return config.sweep.budget * (1 - config.sweep.ladder_share)
 
 
 def recommend(config: Config, ladder: Ladder) -> Recommendation:
     """The best model for what the ladder has left of the budget."""
-    assert config.sweep.budget is not None
-    flops = config.sweep.budget * (1 - config.sweep.ladder_share)
-    law, spread = ladder.law, np.random.default_rng(config.sweep.seed)
-    plans = candidates(config, law, flops)
+    flops, law, spread = model_flops(config), ladder.law, np.random.default_rng(config.sweep.seed)
+    plans = candidates(config, ladder, flops)
     loss_RM = np.exp(law.predict(points_of(config, plans)))
     chosen = int(loss_RM.mean(axis=0).argmin())
     plan = plans[chosen]
@@ -160,7 +173,8 @@ def recommend(config: Config, ladder: Ladder) -> Recommendation:
         label=plan.shape.label,
         flops=_flops(config, plan),
         tokens=plan.steps * plan.batch * config.data.sequence_length,
-        loss=_estimate(loss_RM[:, chosen] * noise_R),
+        active=plan.shape.active,
+        loss=Estimate.of(loss_RM[:, chosen] * noise_R),
         lr=Estimate(plan.lr, *np.quantile(lr_R, _INTERVAL).tolist()),
         decisions=[_decision(name, of, plans, chosen, loss_RM) for name, of in _DECISIONS.items()],
         configured=configured,
@@ -173,15 +187,17 @@ def recommend(config: Config, ladder: Ladder) -> Recommendation:
     return found
 
 
-def candidates(config: Config, law: Law, flops: float) -> list[Plan]:
+def candidates(config: Config, ladder: Ladder, flops: float) -> list[Plan]:
     """All architectures and batches for so many FLOPs, at the most probable best learning rate."""
-    sizes = batches(config)
-    cheapest = min(sizes) * config.data.sequence_length * FEWEST_STEPS
+    return _trainings(config, ladder.law, flops, ladder.shapes)
+
+
+def _trainings(config: Config, law: Law, flops: float, choices: Sequence[Shape]) -> list[Plan]:
     lr = float(np.exp(law.optimum(math.log(flops))[0].mean()))
     plans = [
         Plan(shape, lr, batch, steps_of(config, shape, flops, batch))
-        for shape in shapes(config, flops / cheapest)
-        for batch in sizes
+        for shape in choices
+        for batch in batches(config)
     ]
     return [plan for plan in plans if plan.steps >= FEWEST_STEPS]
 
@@ -189,14 +205,12 @@ def candidates(config: Config, law: Law, flops: float) -> list[Plan]:
 def _configured(
     config: Config, law: Law, flops: float, chosen_R: np.ndarray
 ) -> tuple[Estimate | None, float | None]:
-    shape, lr = configured_shape(config), float(np.exp(law.optimum(math.log(flops))[0].mean()))
-    plans = [Plan(shape, lr, batch, steps_of(config, shape, flops, batch)) for batch in batches(config)]
-    plans = [plan for plan in plans if plan.steps >= FEWEST_STEPS]
+    plans = _trainings(config, law, flops, [shape_of(config, {})])
     if not plans:
         return None, None
     loss_RM = np.exp(law.predict(points_of(config, plans)))
     best_R = loss_RM[:, loss_RM.mean(axis=0).argmin()]
-    return _estimate(best_R), float((chosen_R < best_R).mean())
+    return Estimate.of(best_R), float((chosen_R < best_R).mean())
 
 
 def _decision(
@@ -208,7 +222,7 @@ def _decision(
         return Decision(setting, of(plans[chosen]), None, 1.0, None)
     other = int(np.where(differs_M, loss_RM.mean(axis=0), np.inf).argmin())
     gain_R = loss_RM[:, other] - loss_RM[:, chosen]
-    return Decision(setting, of(plans[chosen]), of(plans[other]), float((gain_R > 0).mean()), _estimate(gain_R))
+    return Decision(setting, of(plans[chosen]), of(plans[other]), float((gain_R > 0).mean()), Estimate.of(gain_R))
 
 
 def _checks(config: Config, ladder: Ladder) -> list[Check]:
@@ -221,7 +235,7 @@ def _checks(config: Config, ladder: Ladder) -> list[Check]:
     noise = law.noise_R[:, None] * np.random.default_rng(config.sweep.seed).standard_normal((len(law.noise_R), 1))
     loss_RM = np.exp(law.predict(ladder.points.take(top_N)) + noise)
     return [
-        Check(ladder.trials[row].number, float(ladder.losses[row]), _estimate(loss_R))
+        Check(ladder.trials[row].number, float(ladder.losses[row]), Estimate.of(loss_R))
         for row, loss_R in zip(np.flatnonzero(top_N).tolist(), loss_RM.T, strict=True)
     ]
 
@@ -256,8 +270,7 @@ def _warnings(config: Config, ladder: Ladder, plan: Plan, found: Recommendation)
 def _plan_of(config: Config, trial: Trial) -> Plan:
     """The run that a trial was."""
     of = resolve(config, trial.values)
-    shape = Shape({}, of.model, of.model.flops_per_token(of.data.sequence_length))
-    return Plan(shape, of.optim.lr, of.train.global_batch, of.train.steps)
+    return Plan(shape_of(of, {}), of.optim.lr, of.train.global_batch, of.train.steps)
 
 
 def _flops(config: Config, plan: Plan) -> float:
@@ -267,7 +280,3 @@ def _flops(config: Config, plan: Plan) -> float:
 def _loss(trial: Trial) -> float | None:
     value = trial.metrics.get("val_loss")
     return value if value is not None and 0 < value < math.inf else None
-
-
-def _estimate(values_R: np.ndarray) -> Estimate:
-    return Estimate(float(np.median(values_R)), *np.quantile(values_R, _INTERVAL).tolist())

@@ -25,15 +25,24 @@ _MOST_EXPERTS = 256
 _SMALLEST_DIM = 32
 _MULTIPLE = 8
 FEWEST_STEPS = 40
+# Settings that follow from the chosen ones.
+DERIVED = frozenset(
+    {
+        *("model.num_layers", "model.num_heads", "model.num_kv_heads", "model.expert_dim", "model.dense_dim"),
+        *("optim.warmup_steps", "train.eval_every", "train.eval_batches", "checkpoint.every"),
+    }
+)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One architecture: its settings, and what the law needs to know of it."""
+    """One architecture: its settings, its cost, and its parameters, active ones and all."""
 
     settings: dict[str, Any]
     model: ModelConfig
     flops_per_token: int
+    active: int
+    total: int
 
     @property
     def experts_per_token(self) -> int:
@@ -76,9 +85,10 @@ def shapes(config: Config, most_flops_per_token: float) -> list[Shape]:
     return sorted(found, key=lambda shape: shape.flops_per_token)
 
 
-def configured_shape(config: Config) -> Shape:
-    """The configured architecture itself."""
-    return Shape({}, config.model, config.model.flops_per_token(config.data.sequence_length))
+def shape_of(config: Config, settings: dict[str, Any]) -> Shape:
+    """The configured architecture, which has these settings."""
+    model, flops = config.model, config.model.flops_per_token(config.data.sequence_length)
+    return Shape(settings, model, flops, model.num_active_params(), model.num_params())
 
 
 def batches(config: Config) -> list[int]:
@@ -111,15 +121,14 @@ def run_values(config: Config, plan: Plan) -> dict[str, Any]:
 
 def points_of(config: Config, plans: list[Plan]) -> Points:
     """What the law needs to know of runs."""
-    models = [plan.shape.model for plan in plans]
     batch_M = np.array([plan.batch * config.data.sequence_length for plan in plans], float)
     tokens_M = batch_M * [plan.steps for plan in plans]
-    active_M = np.array([model.num_active_params() for model in models], float)
+    active_M = np.array([plan.shape.active for plan in plans], float)
     return Points(
         active=np.log(active_M),
-        sparsity=np.log([model.num_params() for model in models]) - np.log(active_M),
+        sparsity=np.log([plan.shape.total for plan in plans]) - np.log(active_M),
         granularity=np.log([plan.shape.experts_per_token for plan in plans]),
-        shared=np.array([float(model.num_shared_experts > 0) for model in models]),
+        shared=np.array([float(plan.shape.model.num_shared_experts > 0) for plan in plans]),
         tokens=np.log(tokens_M),
         flops=np.log(tokens_M * [plan.shape.flops_per_token for plan in plans]),
         lr=np.log([plan.lr for plan in plans]),
@@ -165,13 +174,12 @@ def _shape(config: Config, dim: int, top_k: int, experts: int, shared: int) -> S
         changes["dense_dim"] = _rounded(base.dense_dim * scale)
     if experts > _MOST_EXPERTS:
         return None
-    tree = config.model_dump(mode="json", exclude_unset=True, include={"model", "parallel"})
+    tree = config.model_dump(mode="json", exclude_unset=True, include={"model", "data", "parallel"})
     try:
-        model = build_config({**tree, "model": tree.get("model", {}) | changes}).model
+        of = build_config({**tree, "model": tree.get("model", {}) | changes})
     except ConfigError:
         return None
-    settings = {f"model.{name}": value for name, value in changes.items()}
-    return Shape(settings, model, model.flops_per_token(config.data.sequence_length))
+    return shape_of(of, {f"model.{name}": value for name, value in changes.items()})
 
 
 def _rounded(width: float) -> int:

@@ -21,7 +21,7 @@ def write_sweep_page(
     """Write the page into the sweep's folder, whole or not at all.
 
     Args:
-        sections, findings: of what else was made of the trials; they come first.
+        sections, findings: of what else was made of the trials than a best one; they come first.
 
     Raises:
         StorageError: it cannot be written.
@@ -32,8 +32,7 @@ def write_sweep_page(
 def sweep_page(sweep: Sweep, sections: Sequence[Section] = (), findings: Sequence[Finding] = ()) -> Page:
     """The page."""
     parts = [
-        *sections,
-        Section("best", "Best trial", [_best(sweep)]),
+        *(sections or [Section("best", "Best trial", [_best(sweep)])]),
         Section("settings", "Settings", [*parallel_parts(sweep), *importance_parts(sweep)]),
         Section("cost", "Loss and cost", pareto_parts(sweep)),
         Section("learning", "Learning curves", curve_parts(sweep)),

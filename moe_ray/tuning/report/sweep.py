@@ -25,6 +25,7 @@ class Sweep:
         lowest: whether its lowest value is the best.
         steps: of a trial that is not stopped.
         best: the trial that won; None while there is none.
+        hidden: settings that follow from others.
     """
 
     name: str
@@ -33,11 +34,13 @@ class Sweep:
     lowest: bool
     steps: int
     best: Trial | None
+    hidden: frozenset[str] = frozenset()
 
     @property
     def settings(self) -> list[str]:
         """What was searched, in the order of first use."""
-        return list(dict.fromkeys(name for trial in self.trials for name in trial.values))
+        names = dict.fromkeys(name for trial in self.trials for name in trial.values)
+        return [name for name in names if name not in self.hidden]
 
     @property
     def measured(self) -> list[Trial]:

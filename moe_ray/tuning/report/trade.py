@@ -78,6 +78,8 @@ def curve_parts(sweep: Sweep) -> list[Part]:
     steps, trials = sweep.step_range, [trial for trial in sweep.trials if trial.history]
     if steps is None:
         return [Missing(title, "No trial has been evaluated yet.")]
+    if all(len(trial.history) == 1 for trial in trials):
+        return [Missing(title, "Each trial was evaluated once, at its end.")]
     drawn = sorted(trials, key=sweep.loss)[:_MOST_CURVES]
     values = [
         {"step": step, "value": short(value), "trial": trial.number, "state": sweep.state(trial), "last": is_last}
