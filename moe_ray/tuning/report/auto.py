@@ -109,13 +109,14 @@ def _isoflop(config: Config, ladder: Ladder, found: Recommendation) -> Figure:
     x, y = _axis("active", "active parameters"), _LOSS_AXIS
     named = {"field": "scale", "type": "nominal", "title": None}
     colour = {**named, "scale": by_name(names, COLOURS)}
+    last = COLOURS[len(names) - 1]
     dash = {**named, "scale": by_name(names, DASHES)}
     tooltip = [{"field": name, "type": "nominal"} for name in ("scale", "model", "loss")]
-    band = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": colour}
+    band = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}}
     chosen = {"active": found.active, "loss": short(found.loss.middle)}
     diamond = {"type": "point", "shape": "diamond", "filled": True, "size": 160, "color": "currentColor"}
     layers = [
-        {"transform": [{"filter": "isValid(datum.low)"}], "mark": _BAND, "encoding": band},
+        {"transform": [{"filter": "isValid(datum.low)"}], "mark": {**_BAND, "color": last}, "encoding": band},
         {"mark": {"type": "line"}, "encoding": {"x": x, "y": y, "color": colour, "strokeDash": dash}},
         {"mark": _POINT, "encoding": {"x": x, "y": y, "color": colour, "tooltip": tooltip}},
         {"data": {"values": [chosen]}, "mark": diamond, "encoding": {"x": x, "y": y}},
