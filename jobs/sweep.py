@@ -3,8 +3,8 @@
 usage: python jobs/sweep.py CONFIG [section.field=value ...]
        ray job submit --working-dir . -- python jobs/sweep.py CONFIG [section.field=value ...]
 
-The section `sweep` says what is varied; docs/sweeps.md explains it. The sweep's folder is STORAGE/NAME: a run folder
-for each trial, trials.jsonl, and best.yaml, which jobs/train.py takes as it is.
+The section `sweep` says what is varied; docs/sweeps.md explains it. The sweep's folder is STORAGE/NAME, with a run
+folder for each trial, trials.jsonl, and best.yaml, which jobs/train.py takes as it is.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Population-based training (Jaderberg et al. 2017) in generations.
 
 All trials train `sweep.perturb_steps` steps and save. Then the worst go on from checkpoints of the best, with the
-best's settings, of which some are changed. What changes is written down before it is done, so that a sweep that was
+best's settings, some of them changed. What changes is written down before it is done, so that a sweep that was
 killed does the same.
 """
 
@@ -74,7 +74,7 @@ def run_population(board: Board, work: Work, switch: StopSwitch) -> None:
 
 
 def plan(config: Config, trials: Iterable[Trial], step: int) -> list[Change]:
-    """Which trials go on from which others' checkpoints of a step, and with which values: by `sweep.seed` alone."""
+    """Which trials go on from which others' checkpoints of a step, and with which values; the same each time."""
     generator = random.Random(f"{config.sweep.seed}/generation/{step}")  # nosec B311
     order = ranked(config.sweep, trials)
     count = min(max(1, int(config.sweep.replaced_fraction * len(order))), len(order) // 2)
@@ -127,7 +127,13 @@ def _train(board: Board, work: Work, start: int, until: int, switch: StopSwitch)
         train = config.train.model_copy(update={"until": until if until < steps else None})
         return config.model_copy(update={"train": train})
 
-    generation = replace(work, take=lambda: waiting.pop(0) if waiting else None, settings=settings, after=start)
+    generation = replace(
+        work,
+        take=lambda: waiting.pop(0) if waiting else None,
+        settings=settings,
+        after=start,
+        until=until,
+    )
     if waiting:
         run_trials(board, generation, FIFOScheduler(), switch)
 

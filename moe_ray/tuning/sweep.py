@@ -48,12 +48,13 @@ def run_sweep(config: Config) -> Board:
     check_sweep(config)
     config = resolve_model(with_absolute_storage(config))
     storage, switch = open_storage(config.train.run_uri), StopSwitch()
-    with hold(storage), stop_on_signals(switch):
+    with hold(storage):
         _check_unchanged(config, storage)
         storage.write(SETTINGS, to_yaml(config).encode())
         board = _board(config, storage)
         _connect(config)
-        with Table(board) as table:
+        # Ray has just put handlers of its own in place.
+        with stop_on_signals(switch), Table(board) as table:
             work = Work(
                 take=lambda: None,
                 settings=_Settings(config),

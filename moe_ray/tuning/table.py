@@ -1,5 +1,6 @@
 """The trials of a sweep as a table: on a terminal one that is redrawn, elsewhere a line for each that ends."""
 
+import sys
 import time
 from types import TracebackType
 from typing import Self
@@ -23,7 +24,8 @@ class Table:
 
     def __init__(self, board: Board, console: Console | None = None) -> None:
         self._board = board
-        self._console = console or Console()
+        # A log has no width; lines of a narrow one are hard to read.
+        self._console = console or Console(width=None if sys.stdout.isatty() else 160)
         self._live = Live(console=self._console, auto_refresh=False, transient=True)
         self._said = {number: trial.status for number, trial in board.trials.items()}
         self._drawn_at = float("-inf")

@@ -1,5 +1,6 @@
 """Hands trials to Ray Tune, and keeps the board up to date with what Tune says of them."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -36,6 +37,7 @@ class Work:
         ended: told of each trial that has ended.
         show: called several times a second.
         after: step up to which runs were logged before.
+        until: step after which they end; None: the last.
     """
 
     take: Callable[[], Trial | None]
@@ -44,6 +46,7 @@ class Work:
     ended: Callable[[Trial], None]
     show: Callable[[], None]
     after: int = 0
+    until: int | None = None
 
 
 def run_trials(board: Board, work: Work, scheduler: FIFOScheduler, switch: StopSwitch) -> None:
@@ -52,8 +55,10 @@ def run_trials(board: Board, work: Work, scheduler: FIFOScheduler, switch: StopS
     Raises:
         ConfigError: runs do not log the objective.
     """
-    # Of a kind that Tune would print and write for each trial, and that the board has.
+    # What Tune would print and write of each trial, the board has.
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     os.environ |= {
+        "RAY_AIR_NEW_OUTPUT": "0",
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -65,7 +70,10 @@ def run_trials(board: Board, work: Work, scheduler: FIFOScheduler, switch: StopS
         tune.Tuner(
             tune.with_resources(TrialRun, tune.PlacementGroupFactory([{_this_node(): _SHARE_OF_NODE}])),
             tune_config=tune.TuneConfig(
-                search_alg=_Feed(board, work, switch), scheduler=scheduler, num_samples=-1
+                search_alg=_Feed(board, work, switch),
+                scheduler=scheduler,
+                num_samples=-1,
+                trial_dirname_creator=lambda trial: f"trial-{trial.config['number']}",
             ),
             run_config=tune.RunConfig(
                 name="sweep",
@@ -92,7 +100,7 @@ def asha(config: Config, past: Mapping[int, list[dict[str, Any]]]) -> FIFOSchedu
         trial: Any = SimpleNamespace(trial_id=f"past-{number}")
         scheduler.on_trial_add(None, trial)  # ty: ignore
         for record in records:
-            scheduler.on_trial_result(None, trial, {"records": [record]})  # ty: ignore
+            scheduler.on_trial_result(None, trial, {"records": [record]})
     return scheduler
 
 
@@ -110,14 +118,21 @@ class _Asha(ASHAScheduler):
         self._sweep = sweep
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        records = result.get("records")
-        value = score(self._sweep, records[-1]) if records else None
+        record = (result.get("records") or [{}])[-1]
+        value = score(self._sweep, record)
         if value is None:
             return TrialScheduler.CONTINUE
-        return super().on_trial_result(tune_controller, trial, {"step": records[-1]["step"], "score": value})
+        return super().on_trial_result(tune_controller, trial, {"step": record["step"], "score": value})
 
 
-class _Feed(Searcher):
+class _NotKept:
+    """Tune pickles what it is given, for a way to resume that is not ours."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Feed(_NotKept, Searcher):
     """Gives Tune a trial whenever there is room for one."""
 
     def __init__(self, board: Board, work: Work, switch: StopSwitch) -> None:
@@ -148,12 +163,8 @@ class _Feed(Searcher):
     def save(self, checkpoint_path: str) -> None:
         """The board is saved."""
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Tune keeps a copy for a way to resume that is not ours.
-        return {}
 
-
-class _Follow(tune.Callback):
+class _Follow(_NotKept, tune.Callback):
     def __init__(self, board: Board, work: Work) -> None:
         self.problem: ConfigError | None = None
         self._board = board
@@ -179,7 +190,7 @@ class _Follow(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         number = trial.config["number"]
         now = self._board.trials[number]
-        if now.status == "running" and trial.last_result.get("done"):
+        if now.status == "running" and now.steps >= (self._work.until or self._board.config.train.steps):
             self._board.change(number, status="finished", reason=None)
         elif now.status == "running":
             self._board.change(number, status="stopped", reason=f"worse than others at step {now.steps}")
@@ -201,7 +212,7 @@ class _Follow(tune.Callback):
                 )
 
 
-class _Stop(tune.Stopper):
+class _Stop(_NotKept, tune.Stopper):
     def __init__(self, switch: StopSwitch, follow: _Follow) -> None:
         self._switch = switch
         self._follow = follow
