@@ -7,6 +7,8 @@ The section `sweep` says what is varied; docs/sweeps.md explains it. The sweep's
 folder for each trial, trials.jsonl, and best.yaml, which jobs/train.py takes as it is.
 """
 
+import json
+
 from jobs.cli import run_job
 from moe_ray.config import Config
 from moe_ray.errors import TrainingError
@@ -22,7 +24,8 @@ def main(config: Config) -> None:
     """
     check_sweep(config)
     # Here, so that a mistake in the settings is answered before torch and Ray are imported.
-    from moe_ray.tuning.sweep import BEST, best_trial, run_sweep
+    from moe_ray.tuning.outcome import AUTO, BEST, best_trial
+    from moe_ray.tuning.sweep import run_sweep
 
     setup_logging(config.telemetry, run=config.train.name)
     board = run_sweep(config)
@@ -33,7 +36,13 @@ def main(config: Config) -> None:
             f"no trial of {len(board.trials)} has an objective: {next(iter(reasons), 'none was evaluated')}",
             "mend what is at fault, and set another train.name.",
         )
-    print(f"best trial: {best.number}, {config.sweep.metric} {best.metrics[config.sweep.metric]:.4f}")
+    if config.sweep.auto:
+        found = json.loads(board.storage.read(AUTO))
+        loss = "predicted loss {middle:.3f} (90%: {low:.3f} to {high:.3f})".format(**found["loss"])
+        print(f"recommended: {found['label']}; {loss}")
+        print(*found["warnings"], sep="\n")
+    else:
+        print(f"best trial: {best.number}, {config.sweep.metric} {best.metrics[config.sweep.metric]:.4f}")
     print(f"sweep directory: {board.storage.uri}")
     print(f"best settings: {board.storage.uri}/{BEST}")
 

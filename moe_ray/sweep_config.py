@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, PositiveFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from moe_ray.errors import ConfigError
 from moe_ray.section import Count, NonNegativeInt, PositiveInt, Section
@@ -78,7 +78,23 @@ class Dimension(Section):
         return self
 
 
-class SweepConfig(Section):
+class AutoConfig(Section):
+    """AutoML: the model and its training that fit a budget of FLOPs best."""
+
+    auto: bool = Field(
+        False,
+        description="instead of `space`: pick architecture, learning rate and batch for `budget` by a scaling law "
+        "that is fitted to a ladder of `trials` small runs",
+    )
+    budget: PositiveFloat | None = Field(
+        None, description="auto: FLOPs of everything, the ladder and the training that follows it"
+    )
+    ladder_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2, description="auto: share of the budget that the ladder takes"
+    )
+
+
+class SweepConfig(AutoConfig):
     """Many runs with different settings, of which the best is found."""
 
     space: dict[str, Dimension] = Field(

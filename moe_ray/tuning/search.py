@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moe_ray.config import Config
 from moe_ray.errors import ConfigError
 from moe_ray.sweep_config import Dimension
+from moe_ray.tuning.auto.ladder import ladder_values
 from moe_ray.tuning.objective import score
 from moe_ray.tuning.space import Values, draw, grid_points, resolve, walk, with_configured
 from moe_ray.tuning.trials import Trial
@@ -37,6 +38,9 @@ def new_trial(config: Config, number: int, values: Values) -> Trial:
 
 def proposals(config: Config) -> Iterator[Values]:
     """Values of each trial in order, of algorithms that do not learn; equal each time."""
+    if config.sweep.auto:
+        yield from ladder_values(config)
+        return
     yield from (with_configured(config, first) for first in config.sweep.first)
     if config.sweep.algorithm == "grid":
         yield from grid_points(config)

@@ -12,6 +12,7 @@ from moe_ray.config import Config, build_config, check_setting
 from moe_ray.errors import ConfigError
 from moe_ray.presets import PRESETS
 from moe_ray.sweep_config import Dimension
+from moe_ray.tuning.auto.ladder import check_auto
 
 Values = dict[str, Any]
 Pick = Callable[[str, Dimension], Any]
@@ -34,6 +35,9 @@ def check_sweep(config: Config) -> None:
             space do not fit.
     """
     sweep = config.sweep
+    if sweep.auto:
+        check_auto(config)
+        return
     if not sweep.space:
         raise ConfigError(
             "sweep.space varies nothing.", "name settings, such as {optim.lr: {loguniform: [1.0e-4, 1.0e-2]}}."

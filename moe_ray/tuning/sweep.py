@@ -16,13 +16,12 @@ from moe_ray.errors import ConfigError, TrainingError
 from moe_ray.models.hf.resolve import resolve_model
 from moe_ray.storage import Storage, open_storage
 from moe_ray.storage.lease import hold
-from moe_ray.sweep_config import SweepConfig
 from moe_ray.telemetry.run_log import read_metrics
 from moe_ray.training.cluster_view import count_slots
 from moe_ray.training.launcher import connect, with_absolute_storage
 from moe_ray.training.trainer import StopSwitch, stop_on_signals
 from moe_ray.tuning.board import Board
-from moe_ray.tuning.objective import ranked
+from moe_ray.tuning.outcome import write_outcome
 from moe_ray.tuning.population import run_population
 from moe_ray.tuning.search import Search
 from moe_ray.tuning.space import check_sweep, resolve
@@ -32,7 +31,6 @@ from moe_ray.tuning.tuner import Work, asha, run_trials
 
 _logger = logging.getLogger(__name__)
 SETTINGS = "sweep.yaml"
-BEST = "best.yaml"
 # What may change when a sweep goes on.
 _FREE = {"sweep": {"trials", "concurrent", "retries"}, "telemetry": None, "serve": None}
 
@@ -69,15 +67,10 @@ def run_sweep(config: Config) -> Board:
             else:
                 _search(board, work, switch)
             board.put(*(replace(trial, status="pending") for trial in board.with_status("running")))
-    _write_best(board)
+    write_outcome(board)
     if switch.is_pressed:
         raise TrainingError("a signal ended the sweep; its trials have saved.", "run the same command to go on.")
     return board
-
-
-def best_trial(board: Board) -> Trial | None:
-    """The best of a sweep, so far."""
-    return next(iter(ranked(board.config.sweep, board.trials.values())), None)
 
 
 def _search(board: Board, work: Work, switch: StopSwitch) -> None:
@@ -175,14 +168,3 @@ class _Settings:
                 "data": config.data.model_copy(update={"path": self._prepared[key]}),
             }
         )
-
-
-def _write_best(board: Board) -> None:
-    best = best_trial(board)
-    if best is None:
-        return
-    config = resolve(board.config, best.values)
-    train = config.train.model_copy(update={"name": f"{config.train.name}-best"})
-    tree = config.model_copy(update={"train": train, "sweep": SweepConfig()}).model_dump(mode="json")
-    del tree["sweep"]
-    board.storage.write(BEST, yaml.safe_dump(tree, sort_keys=False).encode())
