@@ -1,9 +1,10 @@
 """An ASHA sweep of the quickstart's model under kills, and population-based training beside random search.
 
-Run `python benchmarks/sweep.py`. The sweep is `jobs/configs/sweep.yaml` with fewer steps: its first trial is the default
-configuration. A worker of its third trial and, after half of the trials, its driver are SIGKILLed; the same command goes
-on. Then a population and as many trials of a random search, which begin with the same values and seeds, train as many
-steps each. Shown are steps spent, the best objective beside the default's, and what the kills cost.
+Run `python benchmarks/sweep.py`. The sweep is `jobs/configs/sweep.yaml` with fewer steps: its first trial is the
+default configuration. A worker of its third trial and, after half of the trials, its driver are SIGKILLed; the
+same command goes on. Then a population and as many trials of a random search, which begin with the same values and
+seeds, train as many steps each. Shown are steps spent, the best objective beside the default's, and what the kills
+cost.
 """
 
 import argparse
@@ -26,7 +27,6 @@ from moe_ray.telemetry.run_log import read_events
 from moe_ray.tuning.trials import Trial, read_trials
 
 CONFIG = "jobs/configs/sweep.yaml"
-# Above the run's own noise: a population needs steps between changes to tell trials apart.
 GENERATIONS = 3
 SPACE = (
     "{optim.lr: {loguniform: [1.0e-3, 2.0e-2]}, optim.weight_decay: {uniform: [0.01, 0.2]}, "

@@ -1,4 +1,4 @@
-"""`jobs/sweep.py` on a real Ray cluster: trials that end early, fail or cannot be; kills, resumption, populations."""
+"""`jobs/sweep.py` on a real Ray cluster: trials that end early, fail or cannot be; kills; populations."""
 
 import json
 import os
