@@ -136,6 +136,8 @@ def _train(board: Board, work: Work, start: int, until: int, switch: StopSwitch)
     )
     if waiting:
         run_trials(board, generation, FIFOScheduler(), switch)
+    if until < steps:
+        board.put(*(replace(trial, status="pending") for trial in _alive(board)))
 
 
 def _apply(board: Board, work: Work, changes: Iterable[Change]) -> None:

@@ -1,10 +1,10 @@
 """A sweep from its settings to its best trial; the same again goes on with one that was interrupted."""
 
-import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import ray
 import yaml
@@ -14,23 +14,25 @@ from moe_ray.config import Config, build_config, to_yaml
 from moe_ray.data.prepare import prepare
 from moe_ray.errors import ConfigError, TrainingError
 from moe_ray.models.hf.resolve import resolve_model
+from moe_ray.ray_metrics import RayMetrics
 from moe_ray.storage import Storage, open_storage
 from moe_ray.storage.lease import hold
 from moe_ray.telemetry.run_log import read_metrics
+from moe_ray.telemetry.samples import Sample
 from moe_ray.training.cluster_view import count_slots
 from moe_ray.training.launcher import connect, with_absolute_storage
 from moe_ray.training.trainer import StopSwitch, stop_on_signals
 from moe_ray.tuning.board import Board
-from moe_ray.tuning.outcome import write_outcome
+from moe_ray.tuning.outcome import best_trial, write_outcome
 from moe_ray.tuning.population import run_population
 from moe_ray.tuning.search import Search
 from moe_ray.tuning.space import check_sweep, resolve
 from moe_ray.tuning.table import Table
-from moe_ray.tuning.trials import Trial
+from moe_ray.tuning.trials import Status, Trial
 from moe_ray.tuning.tuner import Work, asha, run_trials
 
-_logger = logging.getLogger(__name__)
 SETTINGS = "sweep.yaml"
+_PUBLISH_SECONDS = 60.0
 # What may change when a sweep goes on.
 _FREE = {"sweep": {"trials", "concurrent", "retries"}, "telemetry": None, "serve": None}
 
@@ -59,8 +61,8 @@ def run_sweep(config: Config) -> Board:
                 take=lambda: None,
                 settings=_Settings(config),
                 room=_room(config),
-                ended=lambda trial: None,
-                show=table.update,
+                ended=_publisher(board),
+                show=_shower(board, table),
             )
             if config.sweep.scheduler == "pbt":
                 run_population(board, work, switch)
@@ -71,6 +73,29 @@ def run_sweep(config: Config) -> Board:
     if switch.is_pressed:
         raise TrainingError("a signal ended the sweep; its trials have saved.", "run the same command to go on.")
     return board
+
+
+def _shower(board: Board, table: Table) -> Callable[[], None]:
+    metrics = RayMetrics()
+
+    def show() -> None:
+        table.update()
+        metrics.send(sweep_samples(board))
+
+    return show
+
+
+def sweep_samples(board: Board) -> list[Sample]:
+    """What Prometheus hears of a sweep."""
+    run, trials, best = {"run": board.config.train.name}, board.trials.values(), best_trial(board)
+    found = [
+        Sample("moe_sweep_trials", run | {"status": status}, sum(trial.status == status for trial in trials))
+        for status in get_args(Status)
+    ]
+    found.append(Sample("moe_sweep_steps", run, sum(trial.steps for trial in trials)))
+    if best is not None:
+        found.append(Sample("moe_sweep_best", run, best.metrics[board.config.sweep.metric]))
+    return found
 
 
 def _search(board: Board, work: Work, switch: StopSwitch) -> None:
@@ -90,7 +115,25 @@ def _search(board: Board, work: Work, switch: StopSwitch) -> None:
     if config.sweep.scheduler == "asha":
         ended = [trial for trial in past if trial.status != "pending"]
         scheduler = asha(config, {t.number: read_metrics(board.storage.child(t.run)) for t in ended})
-    run_trials(board, replace(work, take=take, ended=search.tell), scheduler, switch)
+
+    def ended(trial: Trial) -> None:
+        search.tell(trial)
+        work.ended(trial)
+
+    run_trials(board, replace(work, take=take, ended=ended), scheduler, switch)
+
+
+def _publisher(board: Board) -> Callable[[Trial], None]:
+    """Writes what is known when a trial has ended, though not too often."""
+    written_at = time.monotonic()
+
+    def publish(_: Trial) -> None:
+        nonlocal written_at
+        if board.with_status("pending", "running") and time.monotonic() - written_at > _PUBLISH_SECONDS:
+            write_outcome(board)
+            written_at = time.monotonic()
+
+    return publish
 
 
 def _check_unchanged(config: Config, storage: Storage) -> None:

@@ -14,7 +14,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from moe_ray.config import Config
-from moe_ray.errors import ConfigError
+from moe_ray.errors import ConfigError, UserError
 from moe_ray.sweep_config import SweepConfig
 from moe_ray.training.trainer import StopSwitch
 from moe_ray.tuning.board import Board
@@ -146,16 +146,20 @@ class _Feed(_NotKept, Searcher):
             return Searcher.FINISHED
         if len(self._board.with_status("running")) >= max(1, self._work.room()):
             return None
-        trial = self._work.take()
-        if trial is None:
-            return Searcher.FINISHED
-        self._board.change(trial.number, status="running", reason=None)
-        return {
-            "number": trial.number,
-            "settings": self._work.settings(trial).model_dump(mode="json"),
-            "metric": self._board.config.sweep.metric,
-            "after": self._work.after,
-        }
+        while (trial := self._work.take()) is not None:
+            try:
+                settings = self._work.settings(trial)
+            except UserError as error:
+                self._board.change(trial.number, status="infeasible", reason=str(error))
+                continue
+            self._board.change(trial.number, status="running", reason=None)
+            return {
+                "number": trial.number,
+                "settings": settings.model_dump(mode="json"),
+                "metric": self._board.config.sweep.metric,
+                "after": self._work.after,
+            }
+        return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """The callback has more to go by."""
