@@ -24,7 +24,7 @@ from tests.multi_node import train_workers
 from tests.tiny import copy_corpus, tiny_settings
 from tests.waiting import until
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 SPACE = {"optim.lr": {"loguniform": [1e-3, 1e-2]}, "optim.weight_decay": {"choice": [0.0, 0.1]}}
 
 
@@ -53,7 +53,7 @@ class Sweep:
     def run(self, *overrides: str, **options: Any) -> tuple[int, str]:
         process = self.start(*overrides, **options)
         try:
-            output, _ = process.communicate(timeout=230)
+            output, _ = process.communicate(timeout=600)
         finally:
             process.kill()
         return process.returncode, output
@@ -130,7 +130,7 @@ def test_killed_sweep_goes_on(
         running = status.get("running")
         return "finished" in status and running is not None and running.steps > 3
 
-    until(one_has_ended_and_one_has_saved, 150)
+    until(one_has_ended_and_one_has_saved, 400)
     started[0].kill()
     started[0].communicate()
     psutil.wait_procs(train_workers(), timeout=60)
@@ -172,11 +172,11 @@ def test_killed_worker_and_sigterm_cost_no_trial(
         trials = sweep.trials()
         return len(trials) > number and trials[number].steps >= steps
 
-    until(lambda: has_steps(0, 4), 120)
+    until(lambda: has_steps(0, 4), 300)
     train_workers()[0].send_signal(signal.SIGKILL)
-    until(lambda: has_steps(1, 4), 200)
+    until(lambda: has_steps(1, 4), 400)
     started[0].send_signal(signal.SIGTERM)
-    output, _ = started[0].communicate(timeout=100)
+    output, _ = started[0].communicate(timeout=300)
     assert started[0].returncode == 1
     assert "a signal ended the sweep" in output
     assert not train_workers()
@@ -219,7 +219,7 @@ def test_population_takes_over_the_better_and_goes_on_after_a_kill(
         assert started[0].poll() is None, started[0].communicate()[0]
         return changes.is_file()
 
-    until(has_changed, 150)
+    until(has_changed, 400)
     started[0].kill()
     started[0].communicate()
     psutil.wait_procs(train_workers(), timeout=60)

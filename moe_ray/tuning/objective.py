@@ -30,13 +30,11 @@ def violation(bounds: Iterable[Constraint], metrics: Mapping[str, float]) -> flo
 
 def ranked(sweep: SweepConfig, trials: Iterable[Trial]) -> list[Trial]:
     """Trials that have an objective and can be used, the best first."""
-    scores = {trial.number: score(sweep, trial.metrics) for trial in trials}
-    usable = [
-        trial
-        for trial in trials
-        if trial.status not in ("failed", "infeasible") and scores[trial.number] is not None
+    usable = [trial for trial in trials if trial.status not in ("failed", "infeasible")]
+    scored = [
+        (found, trial.number, trial) for trial in usable if (found := score(sweep, trial.metrics)) is not None
     ]
-    return sorted(usable, key=lambda trial: (scores[trial.number], trial.number))
+    return [trial for _, _, trial in sorted(scored, key=lambda item: item[:2])]
 
 
 def _holds(bound: Constraint, value: float | None) -> bool:
