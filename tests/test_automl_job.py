@@ -15,7 +15,8 @@ from moe_ray.tuning.trials import read_trials
 from tests.conftest import RayCluster
 from tests.tiny import copy_corpus, run, tiny_settings
 
-BUDGET = 1.4e11
+# Most of it for the ladder, so that the model that is trained in the end is small.
+BUDGET, LADDER_SHARE = 3e11, 0.8
 
 
 @pytest.mark.cluster
@@ -25,9 +26,16 @@ def test_a_budget_becomes_a_trained_model(ray_cluster: RayCluster, tmp_path: Pat
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     settings = tiny_settings(copy_corpus(corpus), tmp_path, "auto")
+    settings["model"]["vocab_size"] = 300
     settings["train"]["global_batch"] = 8
     settings["parallel"] = {"cpus_per_worker": 0.5}
-    settings["sweep"] = {"auto": True, "budget": BUDGET, "trials": 12, "concurrent": 3}
+    settings["sweep"] = {
+        "auto": True,
+        "budget": BUDGET,
+        "ladder_share": LADDER_SHARE,
+        "trials": 12,
+        "concurrent": 3,
+    }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     command = [sys.executable, "jobs/sweep.py", str(tmp_path / "config.yaml")]
     environment = os.environ | {"RAY_ADDRESS": ray_cluster.address}

@@ -8,7 +8,16 @@ import numpy as np
 from moe_ray.config import Config
 from moe_ray.errors import ConfigError
 from moe_ray.sweep_config import SweepConfig
-from moe_ray.tuning.auto.shapes import FEWEST_STEPS, Plan, Shape, batches, run_values, shapes, steps_of
+from moe_ray.tuning.auto.shapes import (
+    Plan,
+    Shape,
+    batches,
+    fewest_steps,
+    most_flops_per_token,
+    run_values,
+    shapes,
+    steps_of,
+)
 
 RUNGS = 4
 _RATIO = 2.0
@@ -18,6 +27,8 @@ FEWEST_RUNS = 12
 # Tokens a parameter of equal shares of compute for size and data (Hoffmann et al. 2022), and a range around it.
 _TOKENS_PER_PARAMETER = 20.0
 _WIDTHS = 3
+# The steps of the smallest run are a whole number.
+_ROUNDING = 1.01
 _LR_SPAN = math.log(4)
 # Top-k, experts, shared experts, width, batch and learning rate.
 _DRAWN = 6
@@ -34,8 +45,7 @@ def ladder(config: Config) -> list[Plan]:
     """
     counts = _counts(config)
     scales = rung_flops(config)
-    sequences = min(batches(config)) * config.data.sequence_length
-    choices = shapes(config, scales[-1] / (sequences * FEWEST_STEPS))
+    choices = shapes(config, most_flops_per_token(config, scales[-1]))
     plans = []
     for flops, count, seed in zip(scales, counts, range(RUNGS), strict=True):
         rng = np.random.default_rng((config.sweep.seed, seed))
@@ -87,9 +97,8 @@ def rung_flops(config: Config) -> list[float]:
             "sweep.auto finds no architecture that the other settings allow.",
             "set parallel.ep=auto, and leave out settings of model that hold for one number of experts only.",
         )
-    sequences = min(batches(config)) * config.data.sequence_length
-    smallest_run = cheapest[0].flops_per_token * sequences * FEWEST_STEPS * 1.01
-    smallest = smallest_run * units / config.sweep.ladder_share
+    smallest_run = cheapest[0].flops_per_token / most_flops_per_token(config, 1.0)
+    smallest = smallest_run * units / config.sweep.ladder_share * _ROUNDING
     budget = config.sweep.budget
     if budget is None or budget < smallest:
         raise ConfigError(
@@ -113,9 +122,12 @@ def _counts(config: Config) -> list[int]:
 
 def _plan(config: Config, choices: list[Shape], flops: float, draw: np.ndarray) -> Plan:
     """A run of about so many FLOPs; `draw` [6] is even in [0, 1)."""
-    fits = [shape for shape in choices if steps_of(config, shape, flops, min(batches(config))) >= FEWEST_STEPS]
+    most = most_flops_per_token(config, flops)
+    fits = [shape for shape in choices if shape.flops_per_token <= most]
     shape = _pick(fits, flops, draw)
-    sizes = [batch for batch in batches(config) if steps_of(config, shape, flops, batch) >= FEWEST_STEPS]
+    sizes = [
+        size for size in batches(config) if steps_of(config, shape, flops, size) >= fewest_steps(config, size)
+    ]
     batch = sizes[int(draw[4] * len(sizes))]
     lr = config.optim.lr * math.exp((2 * draw[5] - 1) * _LR_SPAN)
     return Plan(shape, lr, batch, steps_of(config, shape, flops, batch))

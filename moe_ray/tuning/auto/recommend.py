@@ -15,10 +15,11 @@ from moe_ray.errors import TrainingError
 from moe_ray.tuning.auto.ladder import FEWEST_RUNS
 from moe_ray.tuning.auto.law import Law, Points, fit_law
 from moe_ray.tuning.auto.shapes import (
-    FEWEST_STEPS,
     Plan,
     Shape,
     batches,
+    fewest_steps,
+    most_flops_per_token,
     points_of,
     run_values,
     shape_of,
@@ -148,8 +149,8 @@ def fit_ladder(config: Config, trials: Sequence[Trial]) -> Ladder:
     plans = [_plan_of(config, trial) for trial in done]
     points, losses = points_of(config, plans), np.array([_loss(trial) for trial in done])
     law = fit_law(points, losses, seed=config.sweep.seed)
-    cheapest = min(batches(config)) * config.data.sequence_length * FEWEST_STEPS
-    return Ladder(done, points, losses, law, shapes(config, model_flops(config) / cheapest))
+    choices = shapes(config, most_flops_per_token(config, model_flops(config)))
+    return Ladder(done, points, losses, law, choices)
 
 
 def model_flops(config: Config) -> float:
@@ -199,7 +200,7 @@ def _trainings(config: Config, law: Law, flops: float, choices: Sequence[Shape])
         for shape in choices
         for batch in batches(config)
     ]
-    return [plan for plan in plans if plan.steps >= FEWEST_STEPS]
+    return [plan for plan in plans if plan.steps >= fewest_steps(config, plan.batch)]
 
 
 def _configured(

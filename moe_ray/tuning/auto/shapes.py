@@ -24,7 +24,9 @@ SHARED = (0, 1)
 _MOST_EXPERTS = 256
 _SMALLEST_DIM = 32
 _MULTIPLE = 8
-FEWEST_STEPS = 40
+# Of a run. Shorter ones learn little but how often each id comes, and no law of this form holds for them
+# (docs/benchmarks.md).
+_FEWEST_STEPS, _FEWEST_TOKENS_PER_ID = 100, 100
 # Settings that follow from the chosen ones.
 DERIVED = frozenset(
     {
@@ -101,6 +103,18 @@ def batches(config: Config) -> list[int]:
 def steps_of(config: Config, shape: Shape, flops: float, batch: int) -> int:
     """Steps that so many FLOPs pay for; perhaps none."""
     return int(flops / (shape.flops_per_token * config.data.sequence_length * batch))
+
+
+def fewest_steps(config: Config, batch: int) -> int:
+    """Steps without which a run tells nothing."""
+    tokens = _FEWEST_TOKENS_PER_ID * config.model.vocab_size
+    return max(_FEWEST_STEPS, math.ceil(tokens / (batch * config.data.sequence_length)))
+
+
+def most_flops_per_token(config: Config, flops: float) -> float:
+    """Of models that can be trained long enough."""
+    batch = min(batches(config))
+    return flops / (fewest_steps(config, batch) * batch * config.data.sequence_length)
 
 
 def run_values(config: Config, plan: Plan) -> dict[str, Any]:
