@@ -8,6 +8,7 @@ cost.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -60,8 +61,7 @@ def measure_asha(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     storage = open_storage(folder / "asha")
     sweep = subprocess.Popen(command)
     _wait(lambda: _steps(read_trials(storage), 2) >= steps // 9, sweep)
-    victim = next(child for child in _children() if "RayTrainWorker" in child.name())
-    victim.send_signal(signal.SIGKILL)
+    _train_workers()[0].send_signal(signal.SIGKILL)
     _wait(lambda: len(_ended(read_trials(storage))) >= 8, sweep)
     sweep.kill()
     sweep.wait()
@@ -127,8 +127,14 @@ def _command(folder: Path, name: str, steps: int, *overrides: str) -> list[str]:
     return [sys.executable, "jobs/sweep.py", CONFIG, *settings, *overrides]
 
 
-def _children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+def _train_workers() -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        # One may end while it is looked at.
+        with contextlib.suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(child.cmdline()[:1]):
+                found.append(child)
+    return found
 
 
 def _ended(trials: list[Trial]) -> list[Trial]:
