@@ -129,7 +129,10 @@ def test_values_that_exclude_each_other_are_infeasible_trials() -> None:
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
 def test_search_goes_on_where_it_was(algorithm: str) -> None:
     config = sweep_of(
-        LR | {"parallel.workers": {"choice": [1, [1, 2]]}}, algorithm=algorithm, first=[{}], trials=6
+        LR | {"parallel.workers": {"choice": [1, [1, 2]]}, "train.micro_batch": {"integers": [2, 9, 3]}},
+        algorithm=algorithm,
+        first=[{}],
+        trials=6,
     )
     search, past = Search(config, []), []
     for _ in range(3):
