@@ -20,7 +20,8 @@ def main(config: Config) -> None:
     """Sweep, then say which trial is the best and where the sweep is.
 
     Raises:
-        TrainingError: a signal ended the sweep, or no trial has come to an evaluation.
+        TrainingError: a signal ended the sweep, no trial has come to an evaluation, or too few runs of AutoML's
+            ladder have finished.
     """
     check_sweep(config)
     # Here, so that a mistake in the settings is answered before torch and Ray are imported.
@@ -39,8 +40,7 @@ def main(config: Config) -> None:
     if config.sweep.auto:
         found = json.loads(board.storage.read(AUTO))
         loss = "predicted loss {middle:.3f} (90%: {low:.3f} to {high:.3f})".format(**found["loss"])
-        print(f"recommended: {found['label']}; {loss}")
-        print(*found["warnings"], sep="\n")
+        print("\n".join([f"recommended: {found['label']}; {loss}", *found["warnings"]]))
     else:
         print(f"best trial: {best.number}, {config.sweep.metric} {best.metrics[config.sweep.metric]:.4f}")
     print(f"sweep directory: {board.storage.uri}")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +187,16 @@ def test_too_small_a_budget_is_refused_with_the_smallest() -> None:
 def test_what_has_no_meaning_is_refused(settings: dict, problem: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(problem)):
         check_sweep(automl(**settings))
+
+
+def test_command_of_the_page_is_possible() -> None:
+    line = re.findall(
+        r"^python jobs/sweep.py .*$", Path("docs/automl.md").read_text(encoding="utf-8"), re.MULTILINE
+    )[0]
+    _, _, path, *overrides = shlex.split(line)
+    config = load_config(path, overrides)
+    check_sweep(config)
+    assert len(ladder(config)) == config.sweep.trials
 
 
 def test_weights_that_are_given_leave_nothing_to_pick() -> None:

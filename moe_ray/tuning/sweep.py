@@ -145,6 +145,8 @@ def _check_unchanged(config: Config, storage: Storage) -> None:
     now, then = config.model_dump(mode="json"), before.model_dump(mode="json")
     for section, fields in now.items():
         free = _FREE.get(section, set())
+        if section == "sweep" and config.sweep.auto:
+            free = {"concurrent", "retries"}
         if free is None:
             continue
         for name, value in fields.items():

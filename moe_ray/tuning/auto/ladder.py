@@ -46,8 +46,11 @@ def ladder(config: Config) -> list[Plan]:
 
 
 def ladder_values(config: Config) -> list[dict[str, Any]]:
-    """Settings of each run, for a sweep."""
-    return [run_values(config, plan) for plan in ladder(config)]
+    """Settings of each run, for a sweep; it is evaluated and saved once."""
+    return [
+        run_values(config, plan) | {"train.eval_every": plan.steps, "checkpoint.every": plan.steps}
+        for plan in ladder(config)
+    ]
 
 
 def check_auto(config: Config) -> None:

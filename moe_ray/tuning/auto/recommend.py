@@ -262,7 +262,8 @@ def _warnings(config: Config, ladder: Ladder, plan: Plan, found: Recommendation)
         told.append(
             f"The learning rate {plan.lr:.2g} is outside of those tried, {tried[0]:.2g} to {tried[1]:.2g}."
         )
-    if plan.batch in (sizes := batches(config))[:: len(sizes) - 1]:
+    sizes = batches(config)
+    if len(sizes) > 1 and plan.batch in (sizes[0], sizes[-1]):
         told.append(f"The batch {plan.batch} is at the end of those tried; a better one may lie beyond.")
     return told
 

@@ -113,9 +113,7 @@ def run_values(config: Config, plan: Plan) -> dict[str, Any]:
         "optim.warmup_steps": min(warmup, plan.steps // 2),
         "train.global_batch": plan.batch,
         "train.steps": plan.steps,
-        "train.eval_every": plan.steps,
         "train.eval_batches": evaluated,
-        "checkpoint.every": plan.steps,
     }
 
 
