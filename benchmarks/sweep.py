@@ -8,6 +8,7 @@ cost.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -38,7 +39,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Measure, print the tables and write them as JSON."""
     folder = Path(arguments.folder or tempfile.mkdtemp(prefix="sweep-"))
     os.environ |= {"RAY_AUTH_MODE": "disabled"}
-    context: Any = ray.init(address="local", num_cpus=8, include_dashboard=True, log_to_driver=False)
+    context: Any = ray.init(address="local", num_cpus=16, include_dashboard=True, log_to_driver=False)
     os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
     try:
         found = {"asha": measure_asha(folder, arguments), "populations": []}
@@ -56,12 +57,13 @@ def main(arguments: argparse.Namespace) -> None:
 def measure_asha(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """A sweep whose worker and driver are killed."""
     steps, began = arguments.steps, time.monotonic()
-    command = _command(folder, "asha", steps, f"sweep.grace_steps={steps // 9}", "sweep.concurrent=2")
+    command = _command(
+        folder, "asha", steps, f"sweep.grace_steps={steps // 9}", f"sweep.concurrent={arguments.concurrent}"
+    )
     storage = open_storage(folder / "asha")
     sweep = subprocess.Popen(command)
     _wait(lambda: _steps(read_trials(storage), 2) >= steps // 9, sweep)
-    victim = next(child for child in _children() if "RayTrainWorker" in child.name())
-    victim.send_signal(signal.SIGKILL)
+    _train_workers()[0].send_signal(signal.SIGKILL)
     _wait(lambda: len(_ended(read_trials(storage))) >= 8, sweep)
     sweep.kill()
     sweep.wait()
@@ -121,14 +123,20 @@ def measure_population(folder: Path, arguments: argparse.Namespace, seed: int) -
 
 def _command(folder: Path, name: str, steps: int, *overrides: str) -> list[str]:
     settings = [f"train.storage={folder}", f"train.name={name}", f"train.steps={steps}"]
-    # Two trials share two cores.
+    # Trials share the cores.
     settings += ["parallel.cpus_per_worker=0.5", "optim.warmup_steps=6", "train.log_every=3", "train.eval_every=3"]
     settings += ["train.eval_batches=2", "train.global_batch=8", "checkpoint.every=9", "sweep.constraints=[]"]
     return [sys.executable, "jobs/sweep.py", CONFIG, *settings, *overrides]
 
 
-def _children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+def _train_workers() -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        # One may end while it is looked at.
+        with contextlib.suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(child.cmdline()[:1]):
+                found.append(child)
+    return found
 
 
 def _ended(trials: list[Trial]) -> list[Trial]:
@@ -154,6 +162,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--steps", type=int, default=54, help="of a whole trial, a multiple of 27; default: %(default)s"
+    )
+    parser.add_argument(
+        "--concurrent", type=int, default=2, help="trials of the sweep at once; default: %(default)s"
     )
     parser.add_argument("--population", type=int, default=4, help="default: %(default)s")
     parser.add_argument(

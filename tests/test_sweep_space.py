@@ -129,7 +129,10 @@ def test_values_that_exclude_each_other_are_infeasible_trials() -> None:
 @pytest.mark.parametrize("algorithm", ["random", "optuna"])
 def test_search_goes_on_where_it_was(algorithm: str) -> None:
     config = sweep_of(
-        LR | {"parallel.workers": {"choice": [1, [1, 2]]}}, algorithm=algorithm, first=[{}], trials=6
+        LR | {"parallel.workers": {"choice": [1, [1, 2]]}, "train.micro_batch": {"integers": [2, 9, 3]}},
+        algorithm=algorithm,
+        first=[{}],
+        trials=6,
     )
     search, past = Search(config, []), []
     for _ in range(3):
@@ -137,7 +140,7 @@ def test_search_goes_on_where_it_was(algorithm: str) -> None:
         assert trial is not None
         past.append(Trial(**{**vars(trial), "status": "finished", "metrics": {"val_loss": 1.0}}))
         search.tell(past[-1])
-    assert past[0].values == {"optim.lr": 1e-3, "parallel.workers": 1}
+    assert past[0].values == {"optim.lr": 1e-3, "parallel.workers": 1, "train.micro_batch": 8}
     resumed = Search(config, past)
     left = [trial for trial in (resumed.propose() for _ in range(4)) if trial]
     assert [trial.number for trial in left] == [3, 4, 5]

@@ -3,6 +3,7 @@
 import logging
 import signal
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -13,9 +14,11 @@ from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from moe_ray.config import Config
+from moe_ray.submission import read_submission
 from moe_ray.training.elastic import ElasticController
 
 _logger = logging.getLogger(__name__)
+_ECHO_SECONDS = 1.0
 
 
 class StopSwitch:
@@ -63,7 +66,7 @@ class ElasticTrainer(TorchTrainer):
         remote = ray.remote(num_cpus=0, label_selector=node, runtime_env={"env_vars": environment})(
             ElasticController
         )
-        controller: Any = remote.remote(settings=self._settings, **arguments)
+        controller: Any = remote.remote(settings=self._settings, submission=read_submission(), **arguments)
         switch = self._switch or StopSwitch()
         switch.connect(controller)
         with stop_on_signals(switch) if self._switch is None else nullcontext():
@@ -73,13 +76,22 @@ class ElasticTrainer(TorchTrainer):
 
 @contextmanager
 def stop_on_signals(switch: StopSwitch) -> Generator[None]:
-    """The first signal asks the workers to save and end, the second ends the program."""
+    """The first signal asks the workers to save and end, a later one ends the program.
+
+    One right behind the first is its echo: `ray job stop` signals all processes of a job, and a chaos job passes
+    the signal on to the training that it runs.
+    """
+    asked_at: float | None = None
 
     def stop(number: int, frame: Any) -> None:
-        _logger.warning("%s: saving a checkpoint, then ending; again to end at once", signal.Signals(number).name)
-        for each in handled:
-            signal.signal(each, signal.default_int_handler)
-        switch.press()
+        nonlocal asked_at
+        if asked_at is None:
+            asked_at = time.monotonic()
+            name = signal.Signals(number).name
+            _logger.warning("%s: saving a checkpoint, then ending; again to end at once", name)
+            switch.press()
+        elif time.monotonic() - asked_at > _ECHO_SECONDS:
+            signal.default_int_handler(number, frame)
 
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, stop) for number in handled}

@@ -138,17 +138,14 @@ def _contains(dimension: Dimension, value: Any) -> bool:
 
 def _encode(dimension: Dimension, value: Any) -> Any:
     """Optuna's choices are text and numbers; ours may be lists, so it gets their places."""
-    values = dimension.grid if dimension.choice is None else dimension.choice
-    return value if values is None else values.index(value)
+    return value if dimension.values is None else dimension.values.index(value)
 
 
 def _suggest(trial: "optuna.Trial", name: str, dimension: Dimension) -> Any:
-    if dimension.bounds is not None:
+    values = dimension.values
+    if values is None:
+        assert dimension.bounds is not None, "values or bounds"
         return trial.suggest_float(name, *dimension.bounds, log=dimension.loguniform is not None)
     if dimension.integers is not None:
-        low, high, *step = dimension.integers
-        return trial.suggest_int(
-            name, low, low + (high - low) // (step or [1])[0] * (step or [1])[0], step=(step or [1])[0]
-        )
-    values = dimension.values or ()
+        return values[trial.suggest_int(name, 0, len(values) - 1)]
     return values[trial.suggest_categorical(name, list(range(len(values))))]

@@ -7,7 +7,7 @@ from typing import Any
 from ray import tune
 
 from moe_ray.config import build_config
-from moe_ray.errors import UserError
+from moe_ray.errors import MoeRayError, UserError
 from moe_ray.storage import open_storage
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.records import is_step
@@ -105,4 +105,11 @@ class TrialRun(tune.Trainable):
         if isinstance(failure, UserError):
             return {"done": True, "reason": str(failure), "status": "infeasible"}
         self._is_told = True
-        return {"reason": str(failure) or type(failure).__name__}
+        return {"reason": _reason(failure)}
+
+
+def _reason(failure: Exception) -> str:
+    if isinstance(failure, MoeRayError):
+        return str(failure)
+    lines = str(failure).strip().splitlines() or [""]
+    return f"{type(failure).__name__}: {lines[-1]}"

@@ -51,8 +51,11 @@ _CONVERGED = 1e-5
 
 @dataclass(frozen=True)
 class Points:
-    """Runs, made or to be predicted: logarithms [M] of active parameters, of total over active ones, of experts a
-    token, of tokens, FLOPs, learning rate and tokens a batch; and shared experts [M]."""
+    """Runs, made or to be predicted.
+
+    Logarithms [M] of active parameters, of total over active ones, of experts a token, of tokens, FLOPs, learning
+    rate and tokens a batch; and shared experts [M].
+    """
 
     active: np.ndarray
     sparsity: np.ndarray
