@@ -94,5 +94,13 @@ _WORKERS = Row(
         line("Steps done again", Query("moe_train_redone_steps", "{{run}}"), width=12),
     ),
 )
+_SWEEPS = Row(
+    "How far are sweeps?",
+    (
+        line("Trials by status", Query("moe_sweep_trials", "{{status}} {{run}}"), stacked=True, least=0),
+        line("Objective of the best trial", Query("moe_sweep_best", "{{run}}")),
+        line("Steps of all trials", Query("moe_sweep_steps", "{{run}}"), least=0),
+    ),
+)
 
-TRAINING = frame("training", "Training", __doc__, (_NOW, _LEARNING, _TIME, _WORKERS))
+TRAINING = frame("training", "Training", __doc__, (_NOW, _LEARNING, _TIME, _WORKERS, _SWEEPS))

@@ -21,9 +21,9 @@ def main(config: Config) -> None:
 
     setup_logging(config.telemetry, run=config.train.name)
     steps = run_training(config)
-    if steps < config.train.steps:
+    if steps < config.train.last_step:
         raise TrainingError(
-            f"a signal ended the run after step {steps} of {config.train.steps}; that step is saved.",
+            f"a signal ended the run after step {steps} of {config.train.last_step}; that step is saved.",
             "run the same command to go on.",
         )
     where = config.train.run_uri if "://" in config.train.storage else config.train.run_dir.resolve()

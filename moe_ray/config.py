@@ -26,6 +26,7 @@ from moe_ray.section import (
     Width,
 )
 from moe_ray.serve_config import ServeConfig
+from moe_ray.sweep_config import SweepConfig
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -165,6 +166,9 @@ class TrainConfig(Section):
         description="folder of all runs, reachable from every node, or s3://BUCKET/PREFIX, gs://BUCKET/PREFIX",
     )
     steps: PositiveInt = Field(1000, description="optimizer steps")
+    until: PositiveInt | None = Field(
+        None, description="end after this step, saved, on the schedule of `steps`; null: after the last one"
+    )
     global_batch: Width = Field(16, description="sequences of one optimizer step, over all workers")
     micro_batch: Width = Field(8, description="most sequences of one forward pass of a worker")
     dtype: Dtype = Field("float32", description="compute type; parameters and optimizer stay in float32")
@@ -179,6 +183,11 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.until is not None and self.until > self.steps:
+            raise ConfigError(
+                f"train.until={self.until} is after the last step, train.steps={self.steps}.",
+                "lower train.until, or leave it out.",
+            )
         scheme, separator, _ = self.storage.partition("://")
         if separator and scheme in ("s3", "gs"):
             return self
@@ -193,6 +202,11 @@ class TrainConfig(Section):
                 f"train.storage={self.storage!r} is no path of a folder.", "give a path such as ~/moe_ray."
             )
         return self
+
+    @property
+    def last_step(self) -> int:
+        """Step after which training ends."""
+        return self.steps if self.until is None else self.until
 
     @property
     def run_dir(self) -> Path:
@@ -285,6 +299,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     serve: ServeConfig = ServeConfig()
+    sweep: SweepConfig = SweepConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -370,6 +385,22 @@ def build_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(merged)
     except ValidationError as error:
         raise _explain(error) from None
+
+
+def check_setting(name: str, value: Any) -> None:
+    """Say whether `section.field` may have this value, whatever the other settings are.
+
+    Raises:
+        ConfigError: it is unknown or never has this value.
+    """
+    section, _, field = name.partition(".")
+    try:
+        Config.model_validate({section: {field: value} if field else value})
+    except ValidationError as error:
+        raise _explain(error) from None
+    except ConfigError:
+        # Impossible beside the defaults; others may make it possible.
+        return
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

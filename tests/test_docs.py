@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from jobs.chaos import parse as chaos_options
-from moe_ray.config import load_config
+from moe_ray.config import build_config, load_config
 from moe_ray.telemetry.run_log import read_metrics
 from moe_ray.training.chaos.schedule import Fault, plan_faults
+from moe_ray.tuning.space import check_sweep
 from tests.tiny import copy_corpus, tiny_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +42,7 @@ def run_in(folder: Path, command: str) -> str:
     replacements = {
         "jobs/configs/small.yaml": "tiny.yaml",
         "jobs/configs/quickstart.yaml": "tiny.yaml",
+        "jobs/configs/sweep.yaml": "tiny.yaml",
         "/data/": f"{folder}/",
         "python jobs/": f"python {ROOT}/jobs/",
     }
@@ -78,6 +80,26 @@ def test_commands_of_the_page_on_logs_log_and_track(tmp_path: Path) -> None:
     run_in(tmp_path, tracked)
     folder = tmp_path / "runs" / "tracked" / "trackers"
     assert {path.name for path in folder.iterdir()} == {"tensorboard", "mlflow.db", "wandb"}
+
+
+def test_spaces_of_the_page_on_sweeps_are_possible() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert blocks("sweeps", "bash")[0].splitlines()[0] in readme
+    space, population = (yaml.safe_load(block) for block in blocks("sweeps", "yaml"))
+    for tree in (space, population):
+        check_sweep(build_config(tree))
+    check_sweep(load_config(ROOT / "jobs" / "configs" / "sweep.yaml"))
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_commands_of_the_page_on_sweeps(tmp_path: Path) -> None:
+    (tmp_path / "wiki").mkdir()
+    (commands,) = blocks("sweeps", "bash")
+    sweep, train = commands.splitlines()
+    space = "'sweep.space={optim.lr: {loguniform: [0.001, 0.01]}}' sweep.trials=2 sweep.scheduler=asha"
+    assert "best trial: " in run_in(tmp_path, f"{sweep} {space} sweep.grace_steps=6")
+    assert "step 12/12" in run_in(tmp_path, train)
 
 
 def test_chaos_of_the_page_fits_its_run() -> None:

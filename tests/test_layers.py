@@ -15,6 +15,7 @@ LAYERS = (
         "moe_ray.durable",
         "moe_ray.model_config",
         "moe_ray.serve_config",
+        "moe_ray.sweep_config",
         "moe_ray.config",
         "moe_ray.cpu",
         "moe_ray.private_folder",

@@ -24,6 +24,7 @@ ELSEWHERE = {
     "python -m cluster.local start": "tests/test_local_cluster.py",
     "python -m cluster.local status": "tests/test_local_cluster.py",
     "python -m cluster.local stop": "tests/test_local_cluster.py",
+    next(line for line in README.splitlines() if line.startswith("python jobs/sweep.py")): "tests/test_docs.py",
     "make check": ".ci/run",
     "make test": ".ci/run",
     "make bench": "by hand: it takes minutes and fails on no result",

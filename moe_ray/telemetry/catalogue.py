@@ -23,14 +23,15 @@ class Metric:
         series: most series that one process reports; what exceeds them is left out and said once in the log.
         buckets: upper bounds of a histogram.
         source: what reports it. `train`: rank 0 of a run; `driver`: Ray Train's controller, which
-            outlives the workers; `serve`: a replica; `monitor`: the exporter, which runs outside Ray as well.
+            outlives the workers; `sweep`: the job of a sweep; `serve`: a replica; `monitor`: the exporter, which
+            runs outside Ray as well.
     """
 
     name: str
     kind: Kind
     unit: Unit
     help: str
-    source: Literal["train", "driver", "serve", "monitor"]
+    source: Literal["train", "driver", "sweep", "serve", "monitor"]
     labels: tuple[str, ...] = ()
     series: int = 1
     buckets: tuple[float, ...] = ()
@@ -117,6 +118,11 @@ _CHECKPOINT = (
     _train("checkpoint_due_seconds", "seconds", "Usual time between checkpoints: checkpoint.every steps."),
     _train("checkpoint_failures", "", "Checkpoints in a row that could not be written."),
 )
+_SWEEP = (
+    Metric("moe_sweep_trials", "gauge", "", "Trials by status.", "sweep", ("run", "status"), 6),
+    Metric("moe_sweep_steps", "gauge", "steps", "Steps of all trials.", "sweep", ("run",)),
+    Metric("moe_sweep_best", "gauge", "", "Objective of the best trial so far.", "sweep", ("run",)),
+)
 _SERVE = (
     _serve("http_requests", "requests", "Answered requests.", "route", "status", "key", series=2000),
     _serve("key_tokens", "tokens", "Tokens by API key.", "key", "kind", series=1000),
@@ -201,6 +207,6 @@ _HEALTH = (
 
 CATALOGUE: dict[str, Metric] = {
     metric.name: metric
-    for metrics in (_TRAIN, _EXPERTS, _CHECKPOINT, _SERVE, _CACHE, _CLUSTER, _HOST, _HEALTH)
+    for metrics in (_TRAIN, _EXPERTS, _CHECKPOINT, _SWEEP, _SERVE, _CACHE, _CLUSTER, _HOST, _HEALTH)
     for metric in metrics
 }

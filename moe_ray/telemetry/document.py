@@ -14,6 +14,7 @@ _TITLES = {
     "train": "Training",
     "expert": "Experts",
     "checkpoint": "Checkpoints",
+    "sweep": "Sweeps",
     "serve": "Serving",
     "cluster": "Cluster, seen by the monitor",
     "host": "Machines and storage, seen by the monitor",

@@ -54,7 +54,8 @@ class RunWatch:
         self._at, self._seen = min(self._at, now), min(self._seen, now)
         items = self._news()
         if self._at == self._seen == float("-inf"):
-            self._is_over = any(item.get("step", 0) >= self._config.train.steps for item in items if is_step(item))
+            last_step = self._config.train.last_step
+            self._is_over = any(item.get("step", 0) >= last_step for item in items if is_step(item))
         elif items:
             self._is_over = False
         if self._is_over:

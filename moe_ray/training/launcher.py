@@ -38,16 +38,19 @@ from moe_ray.telemetry.watcher import watch_training
 from moe_ray.training.failures import as_our_error
 from moe_ray.training.loop import Ended, train
 from moe_ray.training.resume import check_data, check_settings
-from moe_ray.training.trainer import ElasticTrainer
+from moe_ray.training.trainer import ElasticTrainer, StopSwitch
 
 _logger = logging.getLogger(__name__)
 
 
-def run_training(config: Config) -> int:
-    """Prepare the data if need be, then train to `train.steps`, going on from the run's newest good checkpoint.
+def run_training(config: Config, switch: StopSwitch | None = None) -> int:
+    """Prepare the data if need be, then train to `train.steps`, or `train.until`, from the newest good checkpoint.
+
+    Args:
+        switch: ends the run early, which then prints no progress; None: signals do.
 
     Returns:
-        The number of finished steps: fewer than `train.steps` if a signal ended the run.
+        The number of finished steps: fewer if the run was ended early.
 
     Raises:
         MoeRayError: whatever the user can mend, raised before any worker starts where that is possible.
@@ -57,17 +60,17 @@ def run_training(config: Config) -> int:
     check_trackers(config)
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
     with hold(run) as lease:
-        return _run(config, run, lease.token)
+        return _run(config, run, lease.token, switch)
 
 
-def _run(config: Config, run: Storage, lease: str) -> int:
+def _run(config: Config, run: Storage, lease: str, switch: StopSwitch | None) -> int:
     found = newest_manifest(run)
     if found:
         check_settings(found, config)
     data_dir = prepare(config)
     if found:
         check_data(found, read_index(data_dir))
-        if found.step >= config.train.steps and is_whole(run, found):
+        if found.step >= config.train.last_step and is_whole(run, found):
             _logger.info("run %s already has %d steps; nothing to do", run.uri, found.step)
             return found.step
     if run.local is None:
@@ -76,12 +79,12 @@ def _run(config: Config, run: Storage, lease: str) -> int:
     _set_ray_train_defaults(config.parallel)
     connect(config.parallel)
     with (
-        show_progress(run, config.train.steps),
+        show_progress(run, config.train.last_step) if switch is None else nullcontext(),
         watch_training(run, config),
         tempfile.TemporaryDirectory(prefix="moe_ray-train-") as scratch,
     ):
         try:
-            return _trainer(config, data_dir, lease, scratch).fit().return_value.step  # ty: ignore
+            return _trainer(config, data_dir, lease, scratch, switch).fit().return_value.step  # ty: ignore
         except TrainingFailedError as error:
             raise as_our_error(error) from error
 
@@ -148,11 +151,14 @@ def _warn_if_too_small(parallel: ParallelConfig) -> None:
         )
 
 
-def _trainer(config: Config, data_dir: Path, lease: str, scratch: str) -> ElasticTrainer:
+def _trainer(
+    config: Config, data_dir: Path, lease: str, scratch: str, switch: StopSwitch | None
+) -> ElasticTrainer:
     parallel, submission = config.parallel, read_submission()
     return ElasticTrainer(
         _worker,
         config=config,
+        switch=switch,
         train_loop_config={
             "config": config.model_dump(mode="json"),
             "data_dir": str(data_dir),

@@ -52,7 +52,7 @@ class Ended:
 
     Attributes:
         step: finished steps; the newest checkpoint is of them.
-        request: what ended it before `train.steps`.
+        request: what ended it early.
     """
 
     step: int
@@ -66,7 +66,7 @@ def train(
     report: Report,
     may_publish: Callable[[], bool] = lambda: True,
 ) -> Ended:
-    """Train from the newest good checkpoint, or from the start, to `train.steps` or until asked to end.
+    """Train from the newest good checkpoint, or from the start, to `train.last_step` or until asked to end.
 
     Args:
         mesh: this rank's place; every rank of it runs this function.
@@ -100,13 +100,13 @@ def train(
     }
     writer = CheckpointWriter(origin, mesh, model, optimizer, restored.step)
     loop = _Loop(trainer, data, run, writer, report, constants)
-    for step in range(restored.step, config.train.steps):
+    for step in range(restored.step, config.train.last_step):
         request = loop.step(step)
         if request is not None and request is not Request.SAVE:
             loop.close()
             return Ended(step + 1, request)
     loop.close()
-    return Ended(config.train.steps)
+    return Ended(config.train.last_step)
 
 
 def _name_attempt(mesh: Mesh) -> str:
@@ -145,7 +145,7 @@ class _Loop:
         config, mesh, clock = self._trainer.config, self._trainer.mesh, self._trainer.clock
         started, done = time.perf_counter(), step + 1
         set_log_fields(step=done)
-        evaluates = done == config.train.steps or done % config.train.eval_every == 0
+        evaluates = done == config.train.last_step or done % config.train.eval_every == 0
         clock.enabled = evaluates or done % config.train.log_every == 0
         # The generator's state is a function of seed, step and rank, so checkpoints need not hold it.
         torch.manual_seed(((config.train.seed * 1_000_003 + step) * 65_537 + mesh.rank) % 2**63)
@@ -222,7 +222,7 @@ class _Loop:
             )
 
     def _save_if_due(self, done: int, request: Request | None) -> None:
-        every, last = self._trainer.config.checkpoint.every, done == self._trainer.config.train.steps
+        every, last = self._trainer.config.checkpoint.every, done == self._trainer.config.train.last_step
         again = self._failed_saves > 0 and done - self._last_try >= max(1, every // 10)
         if not (last or request is not None or again or done % every == 0):
             return

@@ -2,8 +2,9 @@
 
 import logging
 import signal
+import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
@@ -18,11 +19,39 @@ from moe_ray.training.elastic import ElasticController
 _logger = logging.getLogger(__name__)
 
 
-class ElasticTrainer(TorchTrainer):
-    """Trains with as many workers as there is room for; SIGINT and SIGTERM of the driver save first."""
+class StopSwitch:
+    """Asks a training to save and end, from any thread and at any time, its start included."""
 
-    def __init__(self, *arguments: Any, config: Config, **rest: Any) -> None:
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._controller: Any = None
+        self.is_pressed = False
+
+    def press(self) -> None:
+        """Ask; again does nothing."""
+        with self._lock:
+            if not self.is_pressed and self._controller is not None:
+                self._controller.stop.remote()
+            self.is_pressed = True
+
+    def connect(self, controller: Any) -> None:
+        """Name the actor that is asked."""
+        with self._lock:
+            self._controller = controller
+            if self.is_pressed:
+                controller.stop.remote()
+
+
+class ElasticTrainer(TorchTrainer):
+    """Trains with as many workers as there is room for, and saves before it ends early.
+
+    Args:
+        switch: ends it; None: SIGINT and SIGTERM of the driver do, of which this is the main thread.
+    """
+
+    def __init__(self, *arguments: Any, config: Config, switch: StopSwitch | None, **rest: Any) -> None:
         self._settings = config.model_dump(mode="json")
+        self._switch = switch
         super().__init__(*arguments, **rest)
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
@@ -36,13 +65,15 @@ class ElasticTrainer(TorchTrainer):
             ElasticController
         )
         controller: Any = remote.remote(settings=self._settings, submission=read_submission(), **arguments)
-        with _stop_on_signals(controller):
+        switch = self._switch or StopSwitch()
+        switch.connect(controller)
+        with stop_on_signals(switch) if self._switch is None else nullcontext():
             ray.get(controller.run.remote())
             return ray.get(controller.get_result.remote())
 
 
 @contextmanager
-def _stop_on_signals(controller: Any) -> Generator[None]:
+def stop_on_signals(switch: StopSwitch) -> Generator[None]:
     """The first signal asks the workers to save and end; a Ctrl-C after it ends the program.
 
     A second SIGTERM is no impatience, which supervisors tell by SIGKILL: `ray job stop` signals all processes of a
@@ -56,7 +87,7 @@ def _stop_on_signals(controller: Any) -> Generator[None]:
             has_asked = True
             name = signal.Signals(number).name
             _logger.warning("%s: saving a checkpoint, then ending; Ctrl-C to end at once", name)
-            controller.stop.remote()
+            switch.press()
         elif number == signal.SIGINT:
             signal.default_int_handler(number, frame)
 

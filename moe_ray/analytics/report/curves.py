@@ -6,7 +6,7 @@ from moe_ray.analytics.report.parts import Figure, Missing, Part, Table
 from moe_ray.analytics.report.run import Run
 from moe_ray.analytics.report.spec import Series, line_chart, short, was_thinned
 
-_ROWS = 25
+ROWS = 25
 _MOST_DOMAINS = 12
 
 
@@ -20,7 +20,7 @@ def loss_parts(run: Run) -> list[Part]:
 def series_table(lines: list[Series]) -> Table:
     """Values of lines at some 25 steps, the first and the last among them."""
     steps = np.unique(np.concatenate([line.steps[np.isfinite(line.values)] for line in lines]))
-    chosen = steps[np.unique(np.linspace(0, max(0, len(steps) - 1), min(len(steps), _ROWS)).round().astype(int))]
+    chosen = steps[np.unique(np.linspace(0, max(0, len(steps) - 1), min(len(steps), ROWS)).round().astype(int))]
     by_step = [dict(zip(line.steps.tolist(), line.values.tolist(), strict=True)) for line in lines]
     rows = [(int(step), *(short(values.get(step, np.nan)) for values in by_step)) for step in chosen.tolist()]
     note = "" if len(chosen) == len(steps) else f"{len(chosen)} of {len(steps):,} steps."

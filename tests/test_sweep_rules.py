@@ -1,0 +1,143 @@
+"""What a sweep decides from its trials, without a cluster: rungs, populations, forks, the board, the table."""
+
+import io
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from moe_ray.checkpoint.catalog import is_whole, list_steps, read_step
+from moe_ray.checkpoint.fork import fork
+from moe_ray.config import Config, build_config
+from moe_ray.errors import CheckpointError
+from moe_ray.storage import open_storage
+from moe_ray.telemetry.run_log import METRICS, read_metrics
+from moe_ray.tuning.board import Board
+from moe_ray.tuning.population import perturb, plan
+from moe_ray.tuning.sweep import sweep_samples
+from moe_ray.tuning.table import Table
+from moe_ray.tuning.trials import Trial, read_trials
+from moe_ray.tuning.tuner import asha
+from tests.lives import live, tiny_trainer
+
+SPACE = {"optim.lr": {"loguniform": [1e-3, 1e-1]}, "optim.beta1": {"choice": [0.7, 0.8, 0.9]}}
+
+
+def sweep_of(**settings: Any) -> Config:
+    return build_config(
+        {"train": {"name": "s", "steps": 27}, "optim": {"warmup_steps": 2}, "sweep": {"space": SPACE, **settings}}
+    )
+
+
+def losses(*pairs: tuple[int, float]) -> list[dict[str, Any]]:
+    return [{"step": step, "val_loss": loss, "load_cv": 0.1} for step, loss in pairs]
+
+
+def decide(scheduler: Any, name: str, records: list[dict[str, Any]]) -> list[str]:
+    trial: Any = SimpleNamespace(trial_id=name)
+    scheduler.on_trial_add(None, trial)
+    return [scheduler.on_trial_result(None, trial, {"records": [record]}) for record in records]
+
+
+def test_rungs_hold_what_trials_of_an_earlier_start_reached() -> None:
+    config = sweep_of(scheduler="asha", grace_steps=3, reduction_factor=3)
+    ended = {0: losses((3, 4.0), (9, 3.0), (27, 2.0)), 1: losses((3, 5.0)), 2: losses((3, 4.5))}
+    scheduler = asha(config, ended)
+    assert decide(scheduler, "good", losses((1, 9.0), (3, 3.9), (9, 2.9), (27, 1.9))) == ["CONTINUE"] * 4
+    assert decide(scheduler, "late", losses((3, 3.8), (6, 9.0), (9, 3.5))) == ["CONTINUE", "CONTINUE", "STOP"]
+    assert decide(scheduler, "bad", losses((2, 9.0), (3, 4.4))) == ["CONTINUE", "STOP"]
+    assert decide(asha(config, {}), "first", losses((3, 99.0))) == ["CONTINUE"]
+
+
+def test_rungs_count_bounds_first() -> None:
+    config = sweep_of(scheduler="asha", grace_steps=3, reduction_factor=3, constraints=["load_cv <= 0.2"])
+    scheduler = asha(config, {0: losses((3, 4.0))})
+    wild = [{"step": 3, "val_loss": 1.0, "load_cv": 0.9}]
+    assert decide(scheduler, "wild", wild) == ["STOP"]
+
+
+def population(count: int = 8) -> list[Trial]:
+    values = {"optim.lr": 1e-2, "optim.beta1": 0.8}
+    return [
+        Trial(number, f"trial-{number:03d}", values, "pending", steps=9, metrics={"val_loss": 5.0 - number})
+        for number in range(count)
+    ]
+
+
+def test_the_worst_take_over_the_best_and_the_plan_is_the_same_each_time() -> None:
+    config = sweep_of(scheduler="pbt", perturb_steps=9)
+    trials = [*population(), Trial(8, "trial-008", {}, "failed", metrics={"val_loss": 0.0})]
+    changes = plan(config, trials, 9)
+    assert changes == plan(config, reversed(trials), 9)
+    assert changes != plan(config, trials, 18)
+    assert [change.number for change in changes] == [1, 0]
+    assert {change.source for change in changes} <= {6, 7}
+    assert [change.run for change in changes] == ["trial-001-from-9", "trial-000-from-9"]
+    assert plan(config, population(1), 9) == []
+
+
+def test_changes_stay_in_the_space_and_leave_out_what_must_not_change() -> None:
+    config = sweep_of(scheduler="pbt", perturb_steps=9, resample_probability=0.0)
+    generator = random.Random(0)
+    near = [perturb(config, {"optim.lr": 0.09, "optim.beta1": 0.9}, generator) for _ in range(50)]
+    assert {values["optim.lr"] for values in near} == {0.09 * 0.8, 0.1}
+    assert {values["optim.beta1"] for values in near} == {0.8, 0.9}
+    drawn = perturb(sweep_of(scheduler="pbt", resample_probability=1.0, mutate=["optim.lr"]), near[0], generator)
+    assert drawn["optim.lr"] not in (0.09 * 0.8, 0.1)
+    assert drawn["optim.beta1"] == near[0]["optim.beta1"]
+
+
+def test_a_fork_has_the_state_and_the_past_of_its_source(tmp_path: Path) -> None:
+    source, target = open_storage(tmp_path / "a"), open_storage(tmp_path / "b")
+    trainer = tiny_trainer()
+    live(trainer, source, [4, 8], extra=b"")
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 11)]
+    source.write(METRICS, "".join(line + "\n" for line in lines).encode())
+    changed = trainer.config.model_copy(update={"train": trainer.config.train.model_copy(update={"name": "b"})})
+    fork(source, 4, target, changed)
+    assert list_steps(target) == [4]
+    manifest = read_step(target, 4)
+    assert is_whole(target, manifest)
+    assert manifest.files == read_step(source, 4).files
+    assert manifest.config["train"]["name"] == "b"
+    assert [metrics["step"] for metrics in read_metrics(target)] == [1, 2, 3, 4]
+    damaged = tmp_path / "a" / "checkpoints" / "step-00000008" / manifest.files[0].name
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        fork(source, 8, open_storage(tmp_path / "c"), changed)
+    assert list_steps(open_storage(tmp_path / "c")) == []
+
+
+def test_the_board_keeps_what_was_done_again_once(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    board = Board(sweep_of(), storage)
+    board.put(Trial(0, "trial-000", {}, "running"))
+    board.log(0, losses((3, 5.0), (6, 4.0)), seconds=2.0)
+    board.log(0, [{"step": 3, "val_loss": 5.0, "load_by_layer": [[1.0]], "tokens": None}], seconds=1.0)
+    assert board.trials[0].history == ((3, 5.0),)
+    board.log(0, losses((6, 3.9)), seconds=1.0)
+    board.write()
+    (trial,) = read_trials(storage)
+    assert (trial.steps, trial.seconds) == (6, 4.0)
+    assert trial.history == ((3, 5.0), (6, 3.9))
+    assert trial.metrics == {"step": 6, "val_loss": 3.9, "load_cv": 0.1}
+    assert {sample.labels.get("status"): sample.value for sample in sweep_samples(board)}["running"] == 1
+
+
+def test_a_log_gets_a_line_for_each_change_and_the_table_at_the_end(tmp_path: Path, capsys: Any) -> None:
+    board, text = Board(sweep_of(constraints=["load_cv <= 0.3"]), open_storage(tmp_path)), io.StringIO()
+    board.put(*population(3))
+    with Table(board, Console(file=text, width=120)) as table:
+        board.put(replace(board.trials[1], status="failed", reason="no\nroom"))
+        table.update()
+    assert (
+        "trial 1 failed at step 9, val_loss 4: optim.lr=0.01, optim.beta1=0.8 (no room)" in capsys.readouterr().out
+    )
+    lines = text.getvalue().splitlines()
+    assert lines[0].strip() == "s: 1 failed, 2 pending; 27 steps"
+    assert [line.split("│")[1].strip() for line in lines[4:-1]] == ["2", "0", "1"]
