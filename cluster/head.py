@@ -131,6 +131,8 @@ def _environment(
         "RAY_API_SERVER_ADDRESS": dashboard_url,
         "AUTOSCALER_METRIC_PORT": str(autoscaler_port),
         "DASHBOARD_METRIC_PORT": str(dashboard_metrics_port),
+        # `ray job stop` gives training the time to write a checkpoint.
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
         # There is no other node that requests could move to before this one stops.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }

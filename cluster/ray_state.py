@@ -47,6 +47,8 @@ class ClusterState:
     def __init__(self) -> None:
         if not ray.is_initialized():
             ray.init(log_to_driver=False, logging_level=logging.WARNING)
+            # Ray's own prints a stack when the monitor is stopped.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._lost_before = len(_lost_nodes())
         self._died_before = _dead_replicas()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from jobs.cli import exit_on_error
 from moe_ray.config import load_config
 from moe_ray.errors import ConfigError, TrainingError
+from moe_ray.submission import with_absolute_storage
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.training.chaos.schedule import Fault, plan_faults
 
@@ -39,7 +40,7 @@ def main(options: argparse.Namespace) -> None:
     from moe_ray.training.chaos.faults import Options
     from moe_ray.training.chaos.report import table
     from moe_ray.training.chaos.run import run_chaos
-    from moe_ray.training.launcher import connect, with_absolute_storage
+    from moe_ray.training.launcher import connect
 
     setup_logging(config.telemetry)
     connect(config.parallel, log_to_driver=False)

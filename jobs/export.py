@@ -10,7 +10,6 @@ float32 from a run, and unchanged from a Hugging Face folder. With `quantize` th
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
@@ -18,10 +17,13 @@ import torch
 from jobs.cli import exit_on_error
 from moe_ray.checkpoint.export import export_folder
 from moe_ray.checkpoint.inference import load_for_inference, stored_scheme
+from moe_ray.config import TelemetryConfig
 from moe_ray.errors import ConfigError
 from moe_ray.models.hf.save import MAX_SHARD_BYTES, check_free
 from moe_ray.models.quantize import Scheme
 from moe_ray.section import Dtype, Quantize
+from moe_ray.submission import lasting
+from moe_ray.telemetry.logs import setup_logging
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class _Options:
 def main(source: str, out: str, options: list[str]) -> None:
     """Export and print what was written."""
     chosen = _parse(options)
-    folder = Path(out).expanduser().resolve()
+    setup_logging(TelemetryConfig())
+    folder = lasting("OUT_DIR", out)
     check_free(folder)
     _check_not_quantized(source)
     # Quantized, experts come from weights that are rounded already, as in an endpoint.

@@ -5,19 +5,19 @@
 Prints a table of what the data holds and, last, the folder. The same command again reuses that folder.
 """
 
-import logging
-
 from jobs.cli import run_job
 from moe_ray.config import Config
 from moe_ray.data.prepare import prepare
 from moe_ray.data.shards import SPLITS, Index, read_index
 from moe_ray.models.hf.resolve import resolve_model
+from moe_ray.submission import with_absolute_storage
+from moe_ray.telemetry.logs import setup_logging
 
 
 def main(config: Config) -> None:
     """Prepare `config.data` and print what it holds."""
-    logging.basicConfig(level=config.telemetry.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
-    folder = prepare(resolve_model(config), progress=True)
+    setup_logging(config.telemetry)
+    folder = prepare(resolve_model(with_absolute_storage(config)), progress=True)
     print(table(read_index(folder)))
     print(folder)
 

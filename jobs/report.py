@@ -20,9 +20,12 @@ from moe_ray.analytics.report.build import comparison_page, run_page
 from moe_ray.analytics.report.page import render
 from moe_ray.analytics.report.parts import Page
 from moe_ray.analytics.report.run import Run, distinct_names, read_run
+from moe_ray.config import TelemetryConfig
 from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.errors import ConfigError, MoeRayError
 from moe_ray.storage import open_storage
+from moe_ray.submission import lasting
+from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.records import one_line
 
 REPORT = "report.html"
@@ -64,6 +67,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
 def main(arguments: Sequence[str]) -> None:
     """Write the page, and print its summary and where it is."""
     given = parse(arguments)
+    setup_logging(TelemetryConfig())
     keep_freed_memory()
     # A run may train on the same cores, and threads that wait for a busy core slow all others down.
     set_threads((os.cpu_count() or 1) / 2)
@@ -77,15 +81,15 @@ def make_report(runs: Sequence[str], out: str | None = None, tokens: int = _TOKE
     """Write the page of a run, or of several, and return it with its place.
 
     Raises:
-        ConfigError: there is no such run.
+        ConfigError: there is no such run, or `out` does not last.
         StorageError: a run cannot be read, or the page not be written.
     """
+    folder, name = (runs[0], REPORT) if out is None else _split(out)
     drawn = [_with_samples(read_run(uri), uri) for uri in runs]
     if len(drawn) == 1:
         page = run_page(_with_analysis(drawn[0], runs[0], tokens))
     else:
         page = comparison_page(distinct_names(drawn))
-    folder, name = (runs[0], REPORT) if out is None else _split(out)
     storage = open_storage(folder)
     storage.write(name, render(page))
     return page, str(storage.local / name) if storage.local is not None else f"{folder.partition('?')[0]}/{name}"
@@ -119,7 +123,7 @@ def _with_samples(run: Run, uri: str) -> Run:
 def _split(out: str) -> tuple[str, str]:
     """Folder and name of a file; a URI keeps its query."""
     if "://" not in out:
-        path = Path(out).expanduser().absolute()
+        path = lasting("out", out)
         return str(path.parent), path.name
     base, mark, query = out.partition("?")
     folder, _, name = base.rpartition("/")

@@ -1,6 +1,6 @@
-"""Serve a checkpoint, or a model in a Hugging Face folder, over HTTP:
+"""Serve a checkpoint, or a model in a Hugging Face folder, over HTTP.
 
-serve run serve_apps.moe_lm:build checkpoint=RUN_OR_CHECKPOINT_OR_FOLDER [serve.max_batch_size=8 …]
+usage: serve run serve_apps.moe_lm:build checkpoint=RUN_OR_CHECKPOINT_OR_FOLDER [serve.max_batch_size=8 …]
 """
 
 import difflib

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.openai.chat import ChatRequest
 from moe_ray.serving.openai.completions import CompletionRequest
 from moe_ray.serving.openai.errors import STATUSES
+from moe_ray.serving.reference import document
 from tests.chat_model import NAME, load_chat_model, served, write_chat_folder
 from tests.test_docs import ROOT, blocks
 
@@ -43,6 +45,16 @@ def test_curl_examples(url: str, example: int, key: str) -> None:
     )
     output = subprocess.run(shlex.split(command), check=True, capture_output=True, text=True).stdout
     assert json.loads(output)[key]
+
+
+def test_the_document_is_what_an_endpoint_with_keys_says(url: str) -> None:
+    written = json.loads((ROOT / "docs" / "openapi.json").read_text(encoding="utf-8"))
+    assert written == document(), "docs/openapi.json is stale: make docs"
+    assert written["components"].pop("securitySchemes") == {"key": {"type": "http", "scheme": "bearer"}}
+    for operations in written["paths"].values():
+        for operation in operations.values():
+            operation.pop("security")
+    assert json.loads(urllib.request.urlopen(f"{url}/openapi.json", timeout=30).read()) == written
 
 
 def test_page_names_every_field_and_status() -> None:

@@ -18,6 +18,7 @@ LAYERS = (
         "moe_ray.config",
         "moe_ray.cpu",
         "moe_ray.private_folder",
+        "moe_ray.submission",
     ),
     ("moe_ray.models", "moe_ray.native"),
     (

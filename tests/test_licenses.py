@@ -34,6 +34,7 @@ PERMISSIVE = {
     "MIT License",
     "MIT-0",
     "PSF-2.0",
+    "Public Domain",
     "Python Software Foundation License",
     "TCL",
     "Unlicense",

@@ -68,11 +68,6 @@ def test_make_knows_all_targets() -> None:
     subprocess.run(["make", "--dry-run", *sorted(targets)], cwd=ROOT, check=True, capture_output=True)
 
 
-def test_linked_files_exist() -> None:
-    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README)]
-    assert [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()] == []
-
-
 class Shell:
     """Runs the README's commands on a cluster of the test, on a tiny model and with /data in `folder`."""
 

@@ -172,6 +172,7 @@ def test_collapse_without_an_alert_is_told(tmp_path: Path) -> None:
 def test_events_are_told_in_sentences(tmp_path: Path) -> None:
     alert = {"event": "alert", "alert": "DiskFull", "severity": "warning", "summary": "the disk fills"}
     events = [
+        {"event": "job", "time": START, "submission": "wiki-1", "metadata": {"team": "nlp"}},
         {"event": "start", "time": START, "workers": 1},
         {"event": "failure", "time": START + 1, "reason": "No space left on device.", "ranks": [0]},
         {"event": "start", "time": START + 2, "workers": 2},
@@ -179,6 +180,7 @@ def test_events_are_told_in_sentences(tmp_path: Path) -> None:
     ]
     run = read_run(str(write_run(tmp_path, [metrics_line(1, dead_experts=1)], events)))
     assert [mark.text for mark in run.marks] == [
+        "job wiki-1 trains; team nlp",
         "1 worker starts",
         "a failure of rank 0: No space left on device",
         "2 workers start",

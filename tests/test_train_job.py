@@ -144,7 +144,12 @@ def test_sigterm_saves_the_step_and_a_second_job_is_refused_meanwhile(
     assert code == 2, refusal
     assert re.search(r"ended' is being trained by another job \(host \S+, process \d+", refusal), refusal
     process.terminate()
-    output, _ = process.communicate(timeout=60)
+    assert process.stdout is not None
+    assert any("SIGTERM: saving a checkpoint" in line for line in process.stdout)
+    # Whoever stops a process and its parent sends it twice, if the parent passes it on.
+    process.terminate()
+    output = process.stdout.read()
+    process.wait(60)
     assert process.returncode == 1, output
     (step,) = re.findall(
         r"^error: a signal ended the run after step (\d+) of 400; that step is saved", output, re.M

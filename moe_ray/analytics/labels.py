@@ -96,7 +96,7 @@ def class_labels(
 
 
 def position_labels(text: HeldOut, permutations: int, seed: int) -> Labels:
-    """Position in the sequence, in buckets that double: 0, 1, 2-3, 4-7, …"""
+    """Position in the sequence, in buckets that double: 0, 1, 2-3, 4-7 and so on."""
     generator = np.random.default_rng((seed, 2))
     num_sequences, length = text.tokens_NS.shape
     buckets_S = np.array([position.bit_length() for position in range(length)], np.int64)

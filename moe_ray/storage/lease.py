@@ -74,11 +74,7 @@ def fence(storage: Storage, token: str, name: str = LEASE) -> bool:
 
 
 class Lease:
-    """A lease that is held.
-
-    Attributes:
-        token: tells this lease from all others; workers give it to `fence`.
-    """
+    """A lease that is held."""
 
     def __init__(self, storage: Storage, name: str, seconds: float, claim: "_Claim") -> None:
         # Renewals that come late are worse than none: another may have the lease by then.
@@ -94,6 +90,7 @@ class Lease:
 
     @property
     def token(self) -> str:
+        """Tells this lease from all others; workers give it to `fence`."""
         return self._claim.token
 
     def is_mine(self) -> bool:

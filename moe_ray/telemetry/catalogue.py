@@ -85,6 +85,7 @@ _TRAIN = (
     _train("train_val_loss", "", "Loss on held-out text, in nats."),
     _train("train_val_perplexity", "", "Perplexity on held-out text."),
     _train("train_val_domain_perplexity", "", "The same of one domain.", "domain", series=32),
+    _train("train_submission", "", "1; the label names the submitted job that trains.", "submission", series=2),
     Metric(
         "moe_train_events", "counter", "", "Starts, failures, resizes, drains.", "driver", ("run", "event"), 16
     ),

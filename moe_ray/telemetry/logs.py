@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moe_ray.config import TelemetryConfig
+from moe_ray.submission import read_submission
 from moe_ray.telemetry.redact import Redactor
 from moe_ray.telemetry.repeats import Repeats
 
@@ -21,9 +22,11 @@ def setup_logging(
 
     Args:
         context: fields of the line that is being written, such as the request it is about.
-        fields: of all lines of this process, such as its run and rank.
+        fields: of all lines of this process, such as its run and rank; a driver knows its `submission` itself.
     """
+    submission = read_submission()
     _fields.clear()
+    set_log_fields(submission=submission.id if submission is not None else None)
     set_log_fields(**fields)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter((JsonLines if settings.log_format == "json" else TextLines)(context))

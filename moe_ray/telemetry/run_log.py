@@ -1,7 +1,8 @@
-"""The logs of a run, one JSON object a line: `metrics.jsonl`, a logged step each, continuous over restarts,
-`events.jsonl`, what happened to its workers, and `alerts.jsonl`, which alerts it raised.
+"""The logs of a run, one JSON object a line.
 
-Each has one process that writes it: an object store knows no appending by two.
+`metrics.jsonl` has the logged steps, continuous over restarts, `events.jsonl` what happened to the workers, and
+`alerts.jsonl` which alerts the run raised. Each has one process that writes it: an object store knows no appending
+by two.
 """
 
 import json

@@ -8,7 +8,7 @@ from moe_ray.config import Config
 from moe_ray.telemetry.records import BY_DOMAIN, is_number
 
 PHASES = ("data", "forward", "dispatch", "backward", "reduce", "optimizer")
-EVENTS = ("start", "failure", "waiting", "drain", "resize", "restart", "yield", "stop")
+EVENTS = ("job", "start", "failure", "waiting", "drain", "resize", "restart", "yield", "stop")
 # Of a record of metrics.jsonl: fields with the same meaning under another name.
 _NUMBERS = {
     "moe_train_step": "step",
@@ -90,6 +90,11 @@ def _expected_seconds(record: Mapping[str, Any], config: Config, run: Mapping[st
 def event_sample(run: str, event: str, times: int = 1) -> Sample:
     """That something happened to the workers of a run, or with 0 that it has not yet."""
     return Sample("moe_train_events", {"run": run, "event": event}, times)
+
+
+def submission_samples(run: str, submission: str | None) -> list[Sample]:
+    """Which job of Ray's job server trains the run; nothing of one that was not submitted."""
+    return [Sample("moe_train_submission", {"run": run, "submission": submission}, 1)] if submission else []
 
 
 def _expert_samples(record: Mapping[str, Any], config: Config, run: Mapping[str, str]) -> Iterator[Sample]:

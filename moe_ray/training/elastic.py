@@ -28,6 +28,7 @@ from moe_ray.checkpoint.catalog import list_steps
 from moe_ray.config import Config, build_config
 from moe_ray.errors import MoeRayError, StorageError
 from moe_ray.storage import open_storage
+from moe_ray.submission import Submission
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.training.events import Events
 from moe_ray.training.failures import our_error, root_causes
@@ -114,12 +115,22 @@ class ElasticController(TrainController):
     """Runs on the driver's node as an actor, for as long as the driver lives."""
 
     def __init__(
-        self, *, settings: dict[str, Any], train_run_context: Any, callbacks: list[Any], **rest: Any
+        self,
+        *,
+        settings: dict[str, Any],
+        submission: Submission | None,
+        train_run_context: Any,
+        callbacks: list[Any],
+        **rest: Any,
     ) -> None:
         config = build_config(settings)
-        setup_logging(config.telemetry, run=config.train.name, job=ray.get_runtime_context().get_job_id())
+        job = ray.get_runtime_context().get_job_id()
+        id = submission.id if submission is not None else None
+        setup_logging(config.telemetry, run=config.train.name, job=job, submission=id)
         self._settings = config
         self._events = Events(config)
+        if submission is not None:
+            self._events.add("job", f"job {id} trains", submission=id, metadata=submission.metadata)
         self._policy = WorldPolicy(
             train_run_context.scaling_config,
             config,

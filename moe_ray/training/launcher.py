@@ -22,7 +22,6 @@ from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.data.prepare import prepare
 from moe_ray.data.shards import read_index
 from moe_ray.data.share import obtain, share
-from moe_ray.errors import ConfigError
 from moe_ray.models.hf.resolve import resolve_model
 from moe_ray.models.moe import make_router
 from moe_ray.parallel.mesh import build_mesh
@@ -30,9 +29,10 @@ from moe_ray.parallel.plan import describe, plan_mesh, worker_memory
 from moe_ray.ray_metrics import RayMetrics
 from moe_ray.storage import Storage, open_storage
 from moe_ray.storage.lease import fence, hold
+from moe_ray.submission import read_submission, with_absolute_storage
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.progress import show_progress
-from moe_ray.telemetry.samples import training_samples
+from moe_ray.telemetry.samples import submission_samples, training_samples
 from moe_ray.telemetry.trackers.follow import check_trackers, follow_run
 from moe_ray.telemetry.watcher import watch_training
 from moe_ray.training.failures import as_our_error
@@ -149,7 +149,7 @@ def _warn_if_too_small(parallel: ParallelConfig) -> None:
 
 
 def _trainer(config: Config, data_dir: Path, lease: str, scratch: str) -> ElasticTrainer:
-    parallel = config.parallel
+    parallel, submission = config.parallel, read_submission()
     return ElasticTrainer(
         _worker,
         config=config,
@@ -158,6 +158,7 @@ def _trainer(config: Config, data_dir: Path, lease: str, scratch: str) -> Elasti
             "data_dir": str(data_dir),
             "data_digest": read_index(data_dir).digest,
             "lease": lease,
+            "submission": submission.id if submission is not None else None,
         },
         torch_config=TorchConfig(
             backend="nccl" if parallel.use_gpu else "gloo", timeout_s=parallel.timeout_seconds
@@ -191,6 +192,7 @@ def _worker(arguments: dict[str, Any]) -> Ended:
         run=config.train.name,
         rank=context.get_world_rank(),
         job=ray.get_runtime_context().get_job_id(),
+        submission=arguments["submission"],
     )
     memory = _worker_memory(config.parallel, device, context.get_local_world_size())
     plan = plan_mesh(config, context.get_world_size(), memory)
@@ -203,7 +205,7 @@ def _worker(arguments: dict[str, Any]) -> Ended:
         data_dir = obtain(data_dir, arguments["data_digest"], store)
     is_first = context.get_world_rank() == 0
     with follow_run(config, run) if is_first else nullcontext() as track:
-        report = _reporter(config, track)
+        report = _reporter(config, arguments["submission"], track)
         return train(config, mesh, data_dir, report, lambda: fence(run, arguments["lease"]))
 
 
@@ -217,10 +219,13 @@ def _worker_memory(parallel: ParallelConfig, device: torch.device, local_world: 
     return int(memory) or None
 
 
-def _reporter(config: Config, track: Callable[[dict[str, Any]], None] | None) -> Callable[[dict[str, Any]], None]:
+def _reporter(
+    config: Config, submission: str | None, track: Callable[[dict[str, Any]], None] | None
+) -> Callable[[dict[str, Any]], None]:
     """What is done with each record.
 
     Args:
+        submission: the job server's id of the job; None if it was not submitted.
         track: hands it to the trackers, on rank 0; None on others.
     """
     ray_metrics = RayMetrics()
@@ -228,23 +233,9 @@ def _reporter(config: Config, track: Callable[[dict[str, Any]], None] | None) ->
     def report(metrics: dict[str, Any]) -> None:
         if track is not None:
             ray_metrics.send(training_samples(metrics, config))
+            ray_metrics.send(submission_samples(config.train.name, submission))
             track(metrics)
         # Ray Train keeps numbers; what is by layer stands in metrics.jsonl.
         ray.train.report({name: value for name, value in metrics.items() if isinstance(value, int | float)})
 
     return report
-
-
-def with_absolute_storage(config: Config) -> Config:
-    """The same settings for every process, whatever its working directory."""
-    if "://" in config.train.storage:
-        return config
-    storage = Path(config.train.storage).expanduser()
-    if not storage.is_absolute() and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        raise ConfigError(
-            f"train.storage={config.train.storage!r} is relative, and a job's working directory does not last.",
-            "give an absolute path, such as ~/moe_ray or /mnt/shared/moe_ray.",
-        )
-    # Not through all settings as a tree: which of them were set must stay known.
-    train = config.train.model_copy(update={"storage": str(storage.resolve())})
-    return config.model_copy(update={"train": train})

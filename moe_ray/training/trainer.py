@@ -12,6 +12,7 @@ from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from moe_ray.config import Config
+from moe_ray.submission import read_submission
 from moe_ray.training.elastic import ElasticController
 
 _logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class ElasticTrainer(TorchTrainer):
         remote = ray.remote(num_cpus=0, label_selector=node, runtime_env={"env_vars": environment})(
             ElasticController
         )
-        controller: Any = remote.remote(settings=self._settings, **arguments)
+        controller: Any = remote.remote(settings=self._settings, submission=read_submission(), **arguments)
         with _stop_on_signals(controller):
             ray.get(controller.run.remote())
             return ray.get(controller.get_result.remote())
@@ -42,13 +43,22 @@ class ElasticTrainer(TorchTrainer):
 
 @contextmanager
 def _stop_on_signals(controller: Any) -> Generator[None]:
-    """The first signal asks the workers to save and end, the second ends the program."""
+    """The first signal asks the workers to save and end; a Ctrl-C after it ends the program.
+
+    A second SIGTERM is no impatience, which supervisors tell by SIGKILL: `ray job stop` signals all processes of a
+    job, and a chaos job passes the signal on to the training that it runs.
+    """
+    has_asked = False
 
     def stop(number: int, frame: Any) -> None:
-        _logger.warning("%s: saving a checkpoint, then ending; again to end at once", signal.Signals(number).name)
-        for each in handled:
-            signal.signal(each, signal.default_int_handler)
-        controller.stop.remote()
+        nonlocal has_asked
+        if not has_asked:
+            has_asked = True
+            name = signal.Signals(number).name
+            _logger.warning("%s: saving a checkpoint, then ending; Ctrl-C to end at once", name)
+            controller.stop.remote()
+        elif number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
 
     handled = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, stop) for number in handled}

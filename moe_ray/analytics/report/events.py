@@ -13,6 +13,7 @@ from moe_ray.telemetry.records import time_of
 
 # Kinds of events.jsonl, with the letter that stands above a chart.
 _LETTERS = {
+    "job": "J",
     "start": "S",
     "restart": "R",
     "resize": "Z",
@@ -24,6 +25,8 @@ _LETTERS = {
     "alert": "A",
     "resolved": "a",
 }
+# Kinds that change nothing by themselves: charts leave them out.
+QUIET = frozenset({"job", "waiting"})
 _MOST_ON_AXES = 40
 # Kinds after which workers start anew.
 _CAUSES = ("failure", "drain", "resize", "stop")
@@ -104,10 +107,10 @@ def step_at(history: History, time: float | None) -> int:
 
 
 def on_axes(marks: Sequence[Mark]) -> list[Mark]:
-    """Those drawn over charts: one for each step, with the letters of all, but not of what only waits."""
+    """Those drawn over charts: one for each step, with the letters of all but the quiet ones."""
     steps: dict[int, list[Mark]] = {}
     for mark in marks:
-        if mark.kind != "waiting":
+        if mark.kind not in QUIET:
             steps.setdefault(mark.step, []).append(mark)
     merged = [
         Mark(
@@ -171,7 +174,11 @@ def _describe(event: Mapping[str, Any]) -> str:
     """In words; whatever else an event says follows by name."""
     rest = {name: value for name, value in event.items() if name not in ("event", "time")}
     kind = str(event["event"])
-    if kind == "start" and "workers" in rest:
+    if kind == "job" and "submission" in rest:
+        text = f"job {rest.pop('submission')} trains"
+        metadata = rest.pop("metadata", None)
+        rest |= metadata if isinstance(metadata, dict) else {}
+    elif kind == "start" and "workers" in rest:
         count = rest.pop("workers")
         text = "1 worker starts" if count == 1 else f"{count} workers start"
     elif kind == "resize" and "workers" in rest:

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from moe_ray.analytics.report.events import Restart, utc
+from moe_ray.analytics.report.events import QUIET, Restart, utc
 from moe_ray.analytics.report.parts import Cell, Figure, Missing, Part, Table
 from moe_ray.analytics.report.run import Run
 from moe_ray.analytics.report.spec import COLOURS, apart
@@ -33,7 +33,7 @@ def _timeline(run: Run) -> Figure:
     marks = [
         {"time": round(mark.time * 1000), "step": mark.step, "letter": mark.letter, "event": mark.text}
         for mark in run.marks[:_MOST_EVENTS]
-        if mark.time is not None and mark.kind != "waiting"
+        if mark.time is not None and mark.kind not in QUIET
     ]
     noted = [mark.time for mark in run.marks if mark.time is not None]
     moments = np.array([*times[np.isfinite(times)].tolist(), *noted])

@@ -106,14 +106,19 @@ class EngineThread:
             raise _unavailable(
                 f"{len(self._streams)} requests are running or waiting already.", self._pace.seconds(surplus)
             )
-        # Those of lower priority are passed.
-        before = sum(other.priority >= stream.priority for other in self._streams.values()) - self._stats.running
-        wait = self._pace.seconds(max(before, 0) + 1)
         left = math.inf if deadline is None else max(deadline - time.monotonic(), 0.0)
         allowed = min(self._max_queue_seconds, left)
+        wait = self._wait_behind(len(self._streams))
+        if wait > allowed:
+            # Those of lower priority are passed.
+            wait = self._wait_behind(sum(other.priority >= stream.priority for other in self._streams.values()))
         if wait > allowed:
             problem = f"a request that comes now would wait for {wait:.1f} s, and may for {allowed:.1f} s."
             raise _unavailable(problem, wait - allowed)
+
+    def _wait_behind(self, requests: int) -> float:
+        """Seconds until one that comes after so many unfinished ones is expected to run."""
+        return self._pace.seconds(max(requests - self._stats.running, 0) + 1)
 
     def cancel(self, request_ids: Sequence[str]) -> None:
         """Drop requests; those that have ended are ignored."""
