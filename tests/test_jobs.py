@@ -109,7 +109,7 @@ def test_id_and_metadata_are_in_events_and_logs(jobs: Jobs, stopped: int) -> Non
     text = re.sub(r"^\([^)]*\) ", "", jobs.log("wiki-1"), flags=re.MULTILINE)
     lines = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert {line["submission"] for line in lines} == {"wiki-1"}
-    assert {"moe_ray.training.trainer", "moe_ray.training.elastic"} <= {line["logger"] for line in lines}
+    assert {"moe_ray.training.trainer", "moe_ray.training.events"} <= {line["logger"] for line in lines}
 
 
 def test_follow_exits_with_the_jobs_own_code(jobs: Jobs, stopped: int) -> None:

@@ -12,12 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from ray.serve.scripts import cli as serve
 
 from cluster.local import LocalCluster
 from cluster.nodes import NodePlan, running_nodes
 from cluster.processes import find_marked
-from moe_ray.config import build_config, load_config
 from moe_ray.errors import ConfigError
 from moe_ray.telemetry.run_log import read_metrics
 from tests.tiny import copy_corpus, tiny_settings
@@ -137,34 +135,6 @@ def _refused(cluster: LocalCluster, command: str) -> str:
 def test_wrong_numbers_of_nodes_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         NodePlan(**options)
-
-
-def test_the_training_command_of_the_page_is_accepted() -> None:
-    (line,) = [line for line in page_commands() if line.startswith("python jobs/train.py")]
-    config = load_config(str(ROOT / shlex.split(line)[2]), shlex.split(line)[3:])
-    assert config.parallel.resources == {"spot": 1.0}
-    assert config.parallel.yield_after_seconds == 2
-
-
-def test_serve_accepts_its_commands_of_the_page() -> None:
-    started, run = [shlex.split(line)[1:] for line in page_commands() if line.startswith("serve ")]
-    assert serve.commands["start"].make_context("start", started[1:]).params["proxy_location"] == "HeadOnly"
-    parameters = serve.commands["run"].make_context("run", run[1:]).params
-    assert parameters["config_or_import_path"] == "serve_apps.moe_lm:build"
-    assert not parameters["blocking"]
-    settings = [word for word in parameters["arguments"] if word.startswith("serve.")]
-    assert build_config({}, settings).serve.max_replicas == 8
-
-
-def test_no_command_of_the_page_is_forgotten() -> None:
-    checked = (
-        "python -m cluster.",
-        "python jobs/train.py",
-        "serve start ",
-        "serve run ",
-        "source runs/cluster/env",
-    )
-    assert [line for line in page_commands() if not line.startswith(checked)] == []
 
 
 @pytest.mark.cluster
