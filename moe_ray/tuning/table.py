@@ -68,7 +68,8 @@ def table(board: Board, most: int) -> Grid:
         grid.add_column(name, justify="right")
     for trial in shown:
         metrics = [trial.metrics.get(name) for name in (sweep.metric, *(bound.metric for bound in sweep.bounds))]
-        status = trial.status + (f": {one_line(trial.reason)[:_REASON]}" if trial.reason else "")
+        is_told = trial.reason is not None and trial.status != "stopped"
+        status = trial.status + (f": {one_line(trial.reason)[:_REASON]}" if is_told else "")
         cells = (str(trial.number), status, str(trial.steps), f"{trial.seconds:.0f}", *map(_number, metrics))
         grid.add_row(*cells, *(_value(trial.values.get(name)) for name in sweep.space))
     return grid
