@@ -90,8 +90,9 @@ _WORKERS = Row(
             bars=True,
         ),
         alert_line("Failures in half an hour", "{{run}}", "WorkersFailing"),
-        line("Resumed at", Query("moe_train_resumed_step", "{{run}}"), width=12),
-        line("Steps done again", Query("moe_train_redone_steps", "{{run}}"), width=12),
+        line("Resumed at", Query("moe_train_resumed_step", "{{run}}")),
+        line("Steps done again", Query("moe_train_redone_steps", "{{run}}")),
+        line("Jobs that train", Query("moe_train_submission", "{{submission}} {{run}}"), least=0),
     ),
 )
 _SWEEPS = Row(

@@ -76,7 +76,14 @@ class Scene:
         return self._cluster.get(self._head, "/api/prometheus_health")["result"]
 
     def train(self) -> None:
-        command = [sys.executable, "jobs/train.py", str(self.folder / "live.yaml")]
+        """A run, as a submitted job, and a sweep of one."""
+        python = [sys.executable, "jobs/train.py", str(self.folder / "live.yaml")]
+        self._run("ray", "job", "submit", "--working-dir", ".", "--", *python)
+        space = "sweep.space={optim.lr: {choice: [1.0e-3]}}"
+        sweep = ["jobs/sweep.py", python[-1], "train.name=swept", "train.steps=20", space, "sweep.trials=1"]
+        self._run(sys.executable, *sweep)
+
+    def _run(self, *command: str) -> None:
         result = subprocess.run(
             command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=400
         )

@@ -24,7 +24,7 @@ from tests.multi_node import train_workers
 from tests.tiny import copy_corpus, tiny_settings
 from tests.waiting import until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(900)]
 SPACE = {"optim.lr": {"loguniform": [1e-3, 1e-2]}, "optim.weight_decay": {"choice": [0.0, 0.1]}}
 
 
@@ -71,7 +71,7 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
     yield processes
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
     psutil.wait_procs(train_workers(), timeout=60)
 
 
@@ -117,7 +117,6 @@ def test_trials_are_stopped_retried_excluded_and_the_best_trains(ray_cluster: Ra
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.slow
 def test_killed_sweep_goes_on(
     ray_cluster: RayCluster, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
@@ -153,7 +152,6 @@ def test_killed_sweep_goes_on(
     assert [trial.values for trial in after] == [draw(config, number) for number in range(3)]
 
 
-@pytest.mark.slow
 def test_killed_worker_and_sigterm_cost_no_trial(
     ray_cluster: RayCluster, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
@@ -193,7 +191,6 @@ def test_killed_worker_and_sigterm_cost_no_trial(
     assert resumed["resumed_step"] >= steps[-1]
 
 
-@pytest.mark.slow
 def test_population_takes_over_the_better_and_goes_on_after_a_kill(
     ray_cluster: RayCluster, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
