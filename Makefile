@@ -101,8 +101,9 @@ sbom: install
 		--output-file build/sbom.json $(BIN)/python
 	$(BIN)/pip-licenses --python $(BIN)/python --from mixed --with-urls --format markdown --output-file build/licenses.md
 
+# Two at a time; tests of a cluster would be too much for each other.
 check: lint
-	$(BIN)/pytest -q -m "not cluster and not slow" $(ARGS)
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not cluster and not slow" $(ARGS)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -21,6 +21,7 @@ BUDGET, LADDER_SHARE = 3e11, 0.8
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_a_budget_becomes_a_trained_model(ray_cluster: RayCluster, tmp_path: Path) -> None:
     corpus = tmp_path / "corpus"

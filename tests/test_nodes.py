@@ -139,6 +139,7 @@ def test_wrong_numbers_of_nodes_are_refused(options: dict, message: str) -> None
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1500)
 def test_replicas_nodes_and_training_share_a_cluster_and_lose_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/nodes.py", "--replicas", "8", "--clients", "40", "--workers", "3"]
@@ -162,6 +163,7 @@ def test_replicas_nodes_and_training_share_a_cluster_and_lose_nothing(tmp_path: 
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_a_run_gets_the_nodes_that_limits_allow(cluster: LocalCluster, tmp_path: Path) -> None:
     """Ray's autoscaler starts none for a request that it cannot fulfil as a whole."""

@@ -19,11 +19,8 @@ from tests.waiting import until
 
 _MB = 1 << 20
 
-# A shell starts what runs in its background with SIGINT ignored, and so would be its children.
 _WRITER = """
-import signal
 import sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
 from moe_ray.storage import open_storage
 storage = open_storage(sys.argv[1])
 while True:

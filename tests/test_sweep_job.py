@@ -117,6 +117,7 @@ def test_trials_are_stopped_retried_excluded_and_the_best_trains(ray_cluster: Ra
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_killed_sweep_goes_on(
     ray_cluster: RayCluster, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
@@ -152,6 +153,7 @@ def test_killed_sweep_goes_on(
     assert [trial.values for trial in after] == [draw(config, number) for number in range(3)]
 
 
+@pytest.mark.exhaustive
 def test_killed_worker_and_sigterm_cost_no_trial(
     ray_cluster: RayCluster, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
