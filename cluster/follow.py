@@ -32,7 +32,7 @@ def main(submission_id: str) -> int:
     try:
         client: Any = JobSubmissionClient()
         client.get_job_status(submission_id)
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"job {submission_id!r} cannot be found: {str(error).strip().splitlines()[0].rstrip('.')}.",
             "set RAY_API_SERVER_ADDRESS to its cluster's dashboard; `ray job list` names its jobs.",

@@ -174,7 +174,13 @@ class LocalCluster:
             )
 
     def _make_folders(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ClusterError(
+                f"--dir {str(self._folder)!r} cannot be made: {error.strerror}.",
+                "name a folder that can be written.",
+            ) from None
         root = self._temp_dir.parent
         root.mkdir(mode=0o700, exist_ok=True)
         info = root.lstat()
@@ -281,8 +287,10 @@ def _node_plan(options: argparse.Namespace) -> NodePlan | None:
 
 
 def _range(text: str) -> tuple[int, int]:
-    least, _, most = text.rpartition(",")
-    return int(least or 0), int(most)
+    match = re.fullmatch(r"(?:(\d+),)?(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no range: write MIN,MAX, such as 1,4")
+    return int(match[1] or 0), int(match[2])
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ carry the resource `spot`, one a CPU, as the spot machines of cluster/aws.yaml d
 """
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +73,13 @@ class NodePlan:
         for option, (least, most) in (("--nodes", self.cpu), ("--spot-nodes", self.spot)):
             if not 0 <= least <= most:
                 raise ConfigError(f"{option} {least},{most} is no range.", "write MIN,MAX, such as 1,4.")
+        if not self.cpu[1] + self.spot[1]:
+            raise ConfigError("--nodes 0,0 leaves no node that could work.", "write MIN,MAX, such as 0,4.")
         if not max(1, self.cpu[0] + self.spot[0]) <= self.most:
             raise ConfigError(
                 f"--max-nodes {self.most} is fewer than the least of both groups.", "raise it, or lower those."
             )
-        if self.cpus_per_node < 1 or self.idle_seconds <= 0:
+        if self.cpus_per_node < 1 or not 0 < self.idle_seconds < math.inf:
             raise ConfigError(
                 f"--cpus-per-node {self.cpus_per_node} and --idle-seconds {self.idle_seconds:g} must be positive.",
                 "use at least 1 CPU, and a positive number of seconds.",

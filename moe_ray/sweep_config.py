@@ -1,6 +1,7 @@
 """Settings of sweeps: which settings of a run are varied, how, and what counts as better."""
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, PositiveFloat, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -8,6 +9,8 @@ from pydantic import Field, PositiveFloat, SerializerFunctionWrapHandler, model_
 from moe_ray.errors import ConfigError
 from moe_ray.section import Count, NonNegativeInt, PositiveInt, Section
 
+# Whole numbers up to it are exact in floating point, too.
+_MOST = 2**53
 _KINDS = ("choice", "grid", "uniform", "loguniform", "integers")
 _CONSTRAINT = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*(\S+)\s*")
 
@@ -46,11 +49,11 @@ class Dimension(Section):
         return next(kind for kind in _KINDS if getattr(self, kind) is not None)
 
     @property
-    def values(self) -> tuple[Any, ...] | None:
+    def values(self) -> Sequence[Any] | None:
         """All of them in order, if they can be counted."""
         if self.integers is not None:
             low, high, *step = self.integers
-            return tuple(range(low, high + 1, *step))
+            return range(low, high + 1, *step)
         return self.grid if self.choice is None else self.choice
 
     @property
@@ -73,7 +76,11 @@ class Dimension(Section):
                     f"{self.kind}=[{low:g}, {high:g}] in sweep.space is no range.",
                     "give [low, high] with low < high" + (" and low > 0." if self.loguniform else "."),
                 )
-        elif len(self.values or ()) < 1:
+        elif self.integers is not None and max(map(abs, self.integers)) > _MOST:
+            raise ConfigError(
+                f"integers={list(self.integers)} in sweep.space goes beyond {_MOST:,}.", "give smaller ones."
+            )
+        elif not self.values:
             raise ConfigError(f"{self.kind} in sweep.space holds no value.", "give at least one.")
         return self
 

@@ -126,6 +126,8 @@ def _refused(cluster: LocalCluster, command: str) -> str:
     ("options", "message"),
     [
         ({"cpu": (2, 1)}, "--nodes 2,1 is no range"),
+        ({"cpu": (0, 0)}, "--nodes 0,0 leaves no node"),
+        ({"idle_seconds": float("nan")}, "must be positive"),
         ({"spot": (-1, 1)}, "--spot-nodes -1,1 is no range"),
         ({"cpu": (3, 4), "spot": (2, 2)}, "--max-nodes 4 is fewer than the least of both"),
         ({"cpus_per_node": 0}, "--cpus-per-node 0"),

@@ -188,6 +188,28 @@ def test_trials_are_read_as_they_were_written(tmp_path: Path) -> None:
     trials = [Trial(1, "b", {"model.top_k": 2}), Trial(0, "a", {"optim.lr": 0.1}, history=((3, 2.5), (6, 2.0)))]
     write_trials(storage, trials)
     assert read_trials(storage) == trials[::-1]
-    storage.write(TRIALS, b'{"number": 0}\n')
-    with pytest.raises(DataError, match=r"trials.jsonl .* does not hold trials"):
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b'{"number": 0}', "line 1: run: Field required"),
+        (b'{"number": 0, "run": "a", "values": {}}\nx', "line 2: Invalid JSON"),
+        (b"\xff", "line 1: Invalid JSON"),
+        (b"[" * 100_000, "line 1: Invalid JSON"),
+        (b'{"number": 0, "run": "a", "values": null}', "line 1: values"),
+        (b'{"number": 0, "run": "a", "values": {}, "status": "flying"}', "line 1: status"),
+        (b'{"number": 0, "run": "a", "values": {}}\n' * 2, "a number occurs twice"),
+    ],
+)
+def test_damaged_trials_are_named(tmp_path: Path, content: bytes, why: str) -> None:
+    storage = open_storage(tmp_path)
+    storage.write(TRIALS, content)
+    with pytest.raises(DataError, match=rf"trials.jsonl .* cannot be used: {why}.*set another train.name"):
         read_trials(storage)
+
+
+def test_wide_ranges_of_whole_numbers_are_drawn_from_and_not_listed() -> None:
+    config = sweep_of({"optim.warmup_steps": {"integers": [1, 10**12]}})
+    check_sweep(config)
+    assert 1 <= draw(config, 0)["optim.warmup_steps"] <= 10**12

@@ -22,6 +22,7 @@ from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.data.prepare import prepare
 from moe_ray.data.shards import read_index
 from moe_ray.data.share import obtain, share
+from moe_ray.errors import ConfigError
 from moe_ray.models.hf.resolve import resolve_model
 from moe_ray.models.moe import make_router
 from moe_ray.parallel.mesh import build_mesh
@@ -122,7 +123,7 @@ def connect(parallel: ParallelConfig, *, log_to_driver: bool = True) -> None:
     if ray.is_initialized():
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=log_to_driver, logging_level=logging.WARNING)
+        _join(log_to_driver)
         _warn_if_too_small(parallel)
         return
     # Logical CPUs: more workers than cores are slow, not wrong.
@@ -135,6 +136,17 @@ def connect(parallel: ParallelConfig, *, log_to_driver: bool = True) -> None:
         logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
     )
+
+
+def _join(log_to_driver: bool) -> None:
+    address = os.environ["RAY_ADDRESS"]
+    try:
+        ray.init(log_to_driver=log_to_driver, logging_level=logging.WARNING)
+    except (ValueError, ConnectionError) as error:
+        raise ConfigError(
+            f"there is no cluster at RAY_ADDRESS={address!r}: {str(error).splitlines()[0].rstrip('.')}.",
+            "name one that runs, such as by `source runs/cluster/env`, or unset the variable.",
+        ) from None
 
 
 def _warn_if_too_small(parallel: ParallelConfig) -> None:

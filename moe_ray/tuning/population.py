@@ -24,7 +24,7 @@ from moe_ray.tuning.board import Board
 from moe_ray.tuning.objective import ranked
 from moe_ray.tuning.search import Search
 from moe_ray.tuning.space import Values, draw_value, mutable_settings
-from moe_ray.tuning.trials import Trial
+from moe_ray.tuning.trials import TRIALS, Trial, damaged, parse_lines
 from moe_ray.tuning.tuner import Work, run_trials
 
 CHANGES = "changes.jsonl"
@@ -58,7 +58,7 @@ def run_population(board: Board, work: Work, switch: StopSwitch) -> None:
     search = Search(config, list(board.trials.values()))
     while (trial := search.propose()) is not None:
         board.put(trial)
-    changes = _read(board.storage)
+    changes = _read(board.storage, board.trials)
     start = max((change.step for change in changes), default=0)
     _apply(board, work, [change for change in changes if change.step == start])
     while not switch.is_pressed:
@@ -164,8 +164,13 @@ def _events(run: Storage) -> bytes:
         return b""
 
 
-def _read(storage: Storage) -> list[Change]:
+def _read(storage: Storage, trials: Iterable[int]) -> list[Change]:
     try:
-        return [Change(**json.loads(line)) for line in storage.read(CHANGES).decode().splitlines()]
+        lines = storage.read(CHANGES).splitlines()
     except FileNotFoundError:
         return []
+    changes = parse_lines(storage, CHANGES, Change, lines)
+    unknown = {number for change in changes for number in (change.number, change.source)} - set(trials)
+    if unknown:
+        raise damaged(storage, CHANGES, f"it names trial {min(unknown)}, of which {TRIALS} knows nothing")
+    return changes

@@ -149,6 +149,8 @@ def _check_dimension(name: str, dimension: Dimension) -> None:
             "vary settings of model, data, parallel or optim, or others of train.",
         )
     values = dimension.values
+    if isinstance(values, range):
+        values = sorted({*values[:2], values[-1]})
     if dimension.bounds is not None:
         low, high = dimension.bounds
         values = (low, high, low + _INSIDE * (high - low))

@@ -28,7 +28,7 @@ from moe_ray.tuning.population import run_population
 from moe_ray.tuning.search import Search
 from moe_ray.tuning.space import check_sweep, resolve
 from moe_ray.tuning.table import Table
-from moe_ray.tuning.trials import Status, Trial
+from moe_ray.tuning.trials import Status, Trial, damaged
 from moe_ray.tuning.tuner import Work, asha, run_trials
 
 SETTINGS = "sweep.yaml"
@@ -139,9 +139,19 @@ def _publisher(board: Board) -> Callable[[Trial], None]:
 def _check_unchanged(config: Config, storage: Storage) -> None:
     """A sweep goes on only with the trials that it would have had."""
     try:
-        before = build_config(yaml.safe_load(storage.read(SETTINGS)))
+        content = storage.read(SETTINGS)
     except FileNotFoundError:
         return
+    try:
+        tree = yaml.safe_load(content)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise damaged(storage, SETTINGS, "it holds no settings")
+    try:
+        before = build_config(tree)
+    except ConfigError as error:
+        raise damaged(storage, SETTINGS, error.problem.rstrip(".")) from None
     now, then = config.model_dump(mode="json"), before.model_dump(mode="json")
     for section, fields in now.items():
         free = _FREE.get(section, set())

@@ -3,12 +3,15 @@
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from moe_ray.errors import DataError
 from moe_ray.storage import Storage
 
 TRIALS = "trials.jsonl"
+T = TypeVar("T")
 Status = Literal["pending", "running", "finished", "stopped", "failed", "infeasible"]
 
 
@@ -57,16 +60,13 @@ def read_trials(sweep: Storage) -> list[Trial]:
         DataError: the file holds something else.
     """
     try:
-        lines = sweep.read(TRIALS).decode().splitlines()
+        lines = sweep.read(TRIALS).splitlines()
     except FileNotFoundError:
         return []
-    try:
-        return [_parse(line) for line in lines]
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"{TRIALS} of {sweep.uri!r} does not hold trials: {error}.",
-            "restore it, or set another train.name to start a new sweep.",
-        ) from None
+    trials = parse_lines(sweep, TRIALS, Trial, lines)
+    if len({trial.number for trial in trials}) < len(trials):
+        raise damaged(sweep, TRIALS, "a number occurs twice")
+    return trials
 
 
 def write_trials(sweep: Storage, trials: Iterable[Trial]) -> None:
@@ -79,6 +79,27 @@ def write_trials(sweep: Storage, trials: Iterable[Trial]) -> None:
     sweep.write(TRIALS, "".join(json.dumps(asdict(trial)) + "\n" for trial in in_order).encode())
 
 
-def _parse(line: str) -> Trial:
-    fields = json.loads(line)
-    return Trial(**fields | {"history": tuple((step, value) for step, value in fields["history"])})
+def parse_lines(sweep: Storage, name: str, kind: type[T], lines: Iterable[bytes]) -> list[T]:
+    """Read JSON objects of a sweep's file as objects of a dataclass.
+
+    Raises:
+        DataError: one is something else.
+    """
+    parse = TypeAdapter(kind).validate_json
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(parse(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise damaged(sweep, name, f"line {number}: {where}{': ' if where else ''}{first['msg']}") from None
+    return found
+
+
+def damaged(sweep: Storage, name: str, why: str) -> DataError:
+    """What is raised where a file of a sweep holds something else."""
+    return DataError(
+        f"{name} of {sweep.uri!r} cannot be used: {why}.",
+        "restore it, or set another train.name to start a new sweep.",
+    )
