@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from moe_ray.config import Config, build_config
 from moe_ray.telemetry.catalogue import CATALOGUE
 from moe_ray.telemetry.run_log import read_events, read_metrics
-from moe_ray.telemetry.samples import EVENTS, Sample, training_samples
+from moe_ray.telemetry.samples import EVENTS, Sample, submission_samples, training_samples
 from tests.conftest import RayCluster, free_port
 from tests.test_trackers import read_tensorboard
 from tests.tiny import copy_corpus, tiny_settings
@@ -62,6 +62,7 @@ def names_of(source: str) -> set[str]:
 
 
 SECRET = uuid.uuid4().hex
+SUBMISSION = "raysubmit_measured"
 PROMPT = "the quick brown fox jumps over"
 
 
@@ -83,9 +84,11 @@ def run(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Ru
     settings["model"] |= {"num_layers": 3, "num_dense_layers": 1}
     settings["telemetry"] = {"log_format": "json", "log_level": "debug", "trackers": ["tensorboard"]}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    # What the job server gives to a driver.
+    submission = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"metadata": {"job_submission_id": SUBMISSION}})}
     ended = subprocess.run(
         [sys.executable, "jobs/train.py", str(folder / "config.yaml")],
-        env=os.environ | {"RAY_ADDRESS": ray_cluster.address, "AWS_SECRET_ACCESS_KEY": SECRET},
+        env=os.environ | submission | {"RAY_ADDRESS": ray_cluster.address, "AWS_SECRET_ACCESS_KEY": SECRET},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -98,7 +101,7 @@ def run(ray_cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Ru
 def test_training_is_shown_as_it_was_logged(ray_cluster: RayCluster, run: Run) -> None:
     config = run.config
     logged = read_metrics(config.train.run_dir)
-    expected: Values = {}
+    expected: Values = {exposed(sample): sample.value for sample in submission_samples("measured", SUBMISSION)}
     for record in logged:
         for sample in training_samples(record, config):
             is_counter = CATALOGUE[sample.name].kind == "counter"
