@@ -42,11 +42,13 @@ def main(arguments: argparse.Namespace) -> None:
     context: Any = ray.init(address="local", num_cpus=16, include_dashboard=True, log_to_driver=False)
     os.environ["RAY_ADDRESS"] = context.address_info["gcs_address"]
     try:
-        found = {"asha": measure_asha(folder, arguments), "populations": []}
-        print(json.dumps(found["asha"], indent=1), flush=True)
-        for seed in range(arguments.seeds):
-            found["populations"].append(measure_population(folder, arguments, seed))
-            print(json.dumps(found["populations"][-1], indent=1), flush=True)
+        found: dict[str, list[dict[str, Any]]] = {"asha": [], "pbt": []}
+        if arguments.only != "pbt":
+            found["asha"].append(measure_asha(folder, arguments))
+            print(json.dumps(found["asha"][-1], indent=1), flush=True)
+        for seed in range(arguments.seeds if arguments.only != "asha" else 0):
+            found["pbt"].append(measure_population(folder, arguments, seed))
+            print(json.dumps(found["pbt"][-1], indent=1), flush=True)
     finally:
         ray.shutdown()
     results = Path("benchmarks/results")
@@ -170,5 +172,6 @@ if __name__ == "__main__":
     parser.add_argument(
         "--seeds", type=int, default=2, help="of population and random search; default: %(default)s"
     )
+    parser.add_argument("--only", choices=("asha", "pbt"), help="default: both")
     parser.add_argument("--folder", help="of the runs; default: a temporary one")
     main(parser.parse_args())
