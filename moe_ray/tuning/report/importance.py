@@ -68,12 +68,18 @@ def importance_parts(sweep: Sweep) -> list[Part]:
     found = importances(sweep)
     if not found:
         reason = (
-            f"Not told from chance: {len(sweep.measured)} trials have an objective, and at least {FEWEST_TRIALS} "
-            "with settings that several of them share are needed."
+            f"It takes at least {FEWEST_TRIALS} trials with an objective, of which several share a value; there "
+            f"{'is' if len(sweep.measured) == 1 else 'are'} {len(sweep.measured)} with one."
         )
         return [Missing(title, reason)]
     values = [
-        {"setting": item.setting, "share": short(max(0.0, item.share)), "label": _told(item)} for item in found
+        {
+            "setting": item.setting,
+            "share": short(max(0.0, item.share)),
+            "told": item.is_told,
+            "label": _label(item),
+        }
+        for item in found
     ]
     names = {"field": "setting", "type": "nominal", "sort": None, "title": None}
     spec = {
@@ -91,11 +97,14 @@ def importance_parts(sweep: Sweep) -> list[Part]:
                 "type": "quantitative",
                 "title": "share of the variance of ranks, over chance",
                 "scale": {"domain": [0, 1]},
-                "axis": {"format": "%"},
+                "axis": {"format": "%", "tickCount": 5},
             },
         },
         "layer": [
-            {"mark": {"type": "bar", "color": COLOURS[0]}},
+            {
+                "mark": {"type": "bar", "fill": COLOURS[0], "stroke": COLOURS[0], "strokeWidth": 1.5},
+                "encoding": {"fillOpacity": {"condition": {"test": "datum.told", "value": 1}, "value": 0}},
+            },
             {
                 "mark": {"type": "text", "align": "left", "dy": -17},
                 "encoding": {"text": {"field": "label"}, "x": {"value": 2}},
@@ -105,7 +114,7 @@ def importance_parts(sweep: Sweep) -> list[Part]:
     text = (
         "Share of the variance of the trials' ranks that lies between the values of a setting (numbers by "
         f"thirds), less what chance makes of it; p by {_PERMUTATIONS:,} permutations, corrected for the number of "
-        "settings. Trials that were stopped count with their last objective."
+        "settings. Hollow bars are not told from chance. Trials that were stopped count with their last objective."
     )
     rows = [
         (item.setting, short(item.share, 3), short(item.p, 3), "yes" if item.is_told else "no") for item in found
@@ -114,10 +123,8 @@ def importance_parts(sweep: Sweep) -> list[Part]:
     return [Figure("importance", title, text, spec, table)]
 
 
-def _told(item: Importance) -> str:
-    return (
-        f"{item.setting}: {max(0.0, item.share):.0%}" if item.is_told else f"{item.setting}: not told from chance"
-    )
+def _label(item: Importance) -> str:
+    return f"{item.setting}: {max(0.0, item.share):.0%}{'' if item.is_told else ', not told from chance'}"
 
 
 def _groups(values: Sequence[Any]) -> np.ndarray:
