@@ -148,7 +148,7 @@ def _chart(x: Mapping[str, Any], lines: Sequence[Spec], points: Sequence[Spec], 
     """Losses over an axis, named by `of`: lines, of which some have a band, points, and the recommended model."""
     names = list(dict.fromkeys(value["of"] for value in (*lines, *points)))
     y = {"field": "loss", "type": "quantitative", "title": "held-out loss (nats)", "scale": {"zero": False}}
-    named = {"field": "of", "type": "nominal", "title": None}
+    named = {"field": "of", "type": "nominal", "title": None, "legend": {"symbolOpacity": 1}}
     colour = {**named, "scale": by_name(names, COLOURS)}
     dash = {**named, "scale": by_name(names, DASHES)}
     shape = {**named, "scale": by_name(names, SHAPES)}

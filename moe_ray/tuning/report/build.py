@@ -123,7 +123,7 @@ def _row(sweep: Sweep, trial: Trial, metrics: Sequence[str]) -> list[Cell]:
         trial.status,
         trial.steps,
         *(cell_of(trial.values.get(name)) for name in sweep.settings),
-        trial.flops_per_token,
+        None if trial.flops_per_token is None else f"{trial.flops_per_token:.3g}",
         trial.active_parameters,
         round(trial.seconds),
         trial.attempts,

@@ -61,10 +61,9 @@ def _best(sweep: Sweep, best: Trial) -> str:
 
 def _important(sweep: Sweep) -> list[Finding]:
     important = importances(sweep)
-    told = [f"{item.setting} ({item.share:.0%})" for item in important if item.is_told]
+    told = [f"{item.setting} ({item.share:.0%}, best: {item.best})" for item in important if item.is_told]
     if told:
-        order = ", in this order" if len(told) > 1 else ""
-        text = f"What mattered{order}: {', '.join(told)} of the variance of the trials' ranks."
+        text = f"What mattered, by share of the variance of the trials' ranks: {', '.join(told)}."
         return [Finding(text, "importance")]
     return [Finding("No setting's effect is told from chance.", "importance")] if important else []
 
