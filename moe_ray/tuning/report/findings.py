@@ -25,7 +25,7 @@ def findings_of(sweep: Sweep) -> list[Finding]:
     if any(trial.steps for trial in sweep.trials):
         found.append(Finding(cost_text(sweep), "sweep-cost"))
     if any(trial.status == "stopped" for trial in sweep.trials):
-        found.append(Finding(saved_text(sweep), "curves"))
+        found.append(Finding(saved_text(sweep), "learning"))
     return found + _trouble(sweep, "failed") + _trouble(sweep, "infeasible")
 
 
