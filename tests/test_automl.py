@@ -244,6 +244,10 @@ def test_outcome_can_be_trained_and_read(tmp_path: Path) -> None:
             assert found["label"] in text
             assert all(warning in text for warning in found["warnings"])
             assert await tab.evaluate("document.querySelectorAll('[data-figure=isoflop] svg path').length") > 5
+            named = "[...document.querySelectorAll('[data-figure=law] .role-legend-label text')]"
+            names = await tab.evaluate(f"{named}.map(text => text.textContent)")
+            assert names == ["best models, by the law", "runs"]
+            assert not re.search(r"\b1 layers", text)
             overflow = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
             assert await tab.evaluate(overflow) == 0
             assert tab.errors == []

@@ -15,7 +15,7 @@ from moe_ray.tuning.objective import ranked, violation
 from moe_ray.tuning.report.auto import auto_findings, auto_section
 from moe_ray.tuning.report.build import write_sweep_page
 from moe_ray.tuning.report.sweep import Sweep
-from moe_ray.tuning.space import resolve
+from moe_ray.tuning.space import resolve, with_configured
 from moe_ray.tuning.trials import Trial
 
 BEST, AUTO = "best.yaml", "auto.json"
@@ -64,8 +64,17 @@ def _sweep(board: Board, best: Trial | None) -> Sweep:
         best = None
     trials = [board.trials[number] for number in sorted(board.trials)]
     is_min = config.sweep.mode == "min"
-    hidden = DERIVED if config.sweep.auto else frozenset()
-    return Sweep(config.train.name, trials, config.sweep.metric, is_min, config.train.steps, best, hidden)
+    return Sweep(
+        config.train.name,
+        trials,
+        config.sweep.metric,
+        is_min,
+        config.train.steps,
+        best,
+        hidden=DERIVED if config.sweep.auto else frozenset(),
+        configured=None if config.sweep.auto else with_configured(config, {}),
+        bounds=config.sweep.bounds,
+    )
 
 
 def _write_settings(board: Board, values: Mapping[str, Any]) -> None:

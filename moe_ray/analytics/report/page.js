@@ -9,9 +9,9 @@
     view: { stroke: null },
     axis: {
       ...ink, domainColor: "currentColor", tickColor: "currentColor", gridColor: "currentColor", gridOpacity: 0.15,
-      labelOverlap: true, labelLimit: 140, titleFontWeight: "normal",
+      labelOverlap: true, labelSeparation: 4, labelLimit: 140, labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal",
     },
-    legend: { ...ink, orient: "top", labelLimit: 220, titleLimit: 320, columns: { expr: "width < 220 ? 1 : width < 480 ? 2 : 6" }, gradientLength: 160 },
+    legend: { ...ink, orient: "top", labelFontSize: 12, labelLimit: 220, titleLimit: 320, columns: { expr: "width < 220 ? 1 : width < 480 ? 2 : 6" }, gradientLength: 160 },
     text: { color: "currentColor" },
   };
   const views = [];

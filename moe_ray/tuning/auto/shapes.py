@@ -56,9 +56,10 @@ class Shape:
         """As people speak of it."""
         model = self.model
         shared = f" and {model.num_shared_experts} shared" if model.num_shared_experts else ""
+        layers = "1 layer" if model.num_layers == 1 else f"{model.num_layers} layers"
         return (
-            f"{model.num_layers} layers of width {model.dim}, {model.top_k} of {model.num_experts} experts"
-            f"{shared} of width {model.expert_dim}"
+            f"{layers} of width {model.dim}, {model.top_k} of {model.num_experts} experts{shared} of width "
+            f"{model.expert_dim}"
         )
 
 

@@ -1,24 +1,22 @@
 """What AutoML recommends and how sure it is: curves of equal FLOPs, and the law next to the runs."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from moe_ray.analytics.report.parts import Figure, Finding, Part, Section, Table
-from moe_ray.analytics.report.spec import COLOURS, DASHES, by_name, short
+from moe_ray.analytics.report.parts import Figure, Finding, Part, Section, Spec, Table
+from moe_ray.analytics.report.spec import COLOURS, DASHES, SHAPES, by_name, short
 from moe_ray.config import Config
 from moe_ray.tuning.auto.ladder import rung_flops
 from moe_ray.tuning.auto.recommend import Estimate, Ladder, Recommendation, candidates, model_flops
 from moe_ray.tuning.auto.shapes import Plan, points_of
-from moe_ray.tuning.report.sweep import text_of
+from moe_ray.tuning.report.sweep import count_axis, text_of
 
 _STEPS = 12
 # Widths whose loss is higher than the lowest of their scale by more than this factor are not drawn.
 _WORST = 1.15
-_LOSS_AXIS = {"field": "loss", "type": "quantitative", "title": "held-out loss (nats)", "scale": {"zero": False}}
-_BAND = {"type": "area", "opacity": 0.2}
-_POINT = {"type": "point", "filled": True, "size": 40}
 
 
 def auto_findings(found: Recommendation) -> list[Finding]:
@@ -89,91 +87,94 @@ def _decisions(found: Recommendation) -> Part:
 def _isoflop(config: Config, ladder: Ladder, found: Recommendation) -> Figure:
     """Loss over width at equal FLOPs, of the scales of the ladder and of the recommendation."""
     scales = [*rung_flops(config), model_flops(config)]
-    names = [f"{flops:.2g} FLOPs" for flops in scales]
-    values = []
-    for flops, name in zip(scales, names, strict=True):
+    points = []
+    for flops in scales:
         by_width = _by_width(config, ladder, flops)
         worst = _WORST * min(estimate.middle for _, estimate in by_width)
-        values += [
+        points += [
             {
                 "active": plan.shape.active,
-                "loss": short(estimate.middle),
-                "low": short(estimate.low) if name == names[-1] else None,
-                "high": short(estimate.high),
-                "scale": name,
+                **_bounds(estimate, has_band=flops == scales[-1]),
+                "of": f"{flops:.2g} FLOPs",
                 "model": plan.shape.label,
             }
             for plan, estimate in by_width
             if estimate.middle <= worst
         ]
-    x, y = _axis("active", "active parameters"), _LOSS_AXIS
-    named = {"field": "scale", "type": "nominal", "title": None}
-    colour = {**named, "scale": by_name(names, COLOURS)}
-    last = COLOURS[len(names) - 1]
-    dash = {**named, "scale": by_name(names, DASHES)}
-    tooltip = [{"field": name, "type": "nominal"} for name in ("scale", "model", "loss")]
-    band = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}}
-    chosen = {"active": found.active, "loss": short(found.loss.middle)}
-    diamond = {"type": "point", "shape": "diamond", "filled": True, "size": 160, "color": "currentColor"}
-    layers = [
-        {"transform": [{"filter": "isValid(datum.low)"}], "mark": {**_BAND, "color": last}, "encoding": band},
-        {"mark": {"type": "line"}, "encoding": {"x": x, "y": y, "color": colour, "strokeDash": dash}},
-        {"mark": _POINT, "encoding": {"x": x, "y": y, "color": colour, "tooltip": tooltip}},
-        {"data": {"values": [chosen]}, "mark": diamond, "encoding": {"x": x, "y": y}},
-    ]
-    spec = {"width": "container", "height": 300, "data": {"values": values}, "layer": layers}
+    chosen = {"active": found.active, "loss": short(found.loss.middle), "model": found.label, "of": "recommended"}
+    spec = _chart(count_axis("active", "active parameters", log=True), points, points, chosen)
     text = (
         "What the law says of each width at equal FLOPs: fewer parameters see more tokens. Every point has the "
         "experts and the batch that are best for its width. The band holds 90% of the laws that the runs leave "
         "possible; the diamond is the recommended model."
     )
-    rows = [(point["scale"], point["active"], point["loss"], point["model"]) for point in values]
-    return Figure(
-        "isoflop", "Loss at equal FLOPs", text, spec, Table(("scale", "active parameters", "loss", "model"), rows)
-    )
+    rows = [(point["of"], point["active"], point["loss"], point["model"]) for point in points]
+    table = Table(("FLOPs", "active parameters", "loss", "model"), rows)
+    return Figure("isoflop", "Loss at equal FLOPs", text, spec, table)
 
 
 def _law(config: Config, ladder: Ladder, found: Recommendation) -> Figure:
     """Runs, and the loss of the best model at each compute with its interval."""
-    runs = [
-        {"flops": short(flops), "loss": short(loss), "trial": trial.number}
-        for flops, loss, trial in zip(
-            np.exp(ladder.points.flops).tolist(), ladder.losses.tolist(), ladder.trials, strict=True
-        )
-    ]
     frontier = []
     for flops in np.geomspace(rung_flops(config)[0], model_flops(config), _STEPS).tolist():
-        _, best = min(_by_width(config, ladder, flops), key=lambda item: item[1].middle)
+        plan, best = min(_by_width(config, ladder, flops), key=lambda item: item[1].middle)
         frontier.append(
-            {"flops": short(flops), "loss": short(best.middle), "low": short(best.low), "high": short(best.high)}
+            {"flops": short(flops), **_bounds(best), "of": "best models, by the law", "model": plan.shape.label}
         )
-    x = _axis("flops", "training FLOPs")
-    y = _LOSS_AXIS
-    tooltip = [{"field": name, "type": "nominal"} for name in ("trial", "flops", "loss")]
-    band = {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}}
-    layers = [
-        {"data": {"values": frontier}, "mark": {**_BAND, "color": COLOURS[1]}, "encoding": band},
-        {
-            "data": {"values": frontier},
-            "mark": {"type": "line", "color": COLOURS[1]},
-            "encoding": {"x": x, "y": y},
-        },
-        {
-            "data": {"values": runs},
-            "mark": {**_POINT, "color": COLOURS[0]},
-            "encoding": {"x": x, "y": y, "tooltip": tooltip},
-        },
+    flops_of_runs = np.exp(ladder.points.flops).tolist()
+    runs = [
+        {"flops": short(flops), "loss": short(loss), "of": "runs", "model": f"trial {trial.number}"}
+        for flops, loss, trial in zip(flops_of_runs, ladder.losses.tolist(), ladder.trials, strict=True)
     ]
-    spec = {"width": "container", "height": 280, "layer": layers}
+    chosen = {"flops": found.flops, "loss": short(found.loss.middle), "model": found.label, "of": "recommended"}
+    spec = _chart(count_axis("flops", "training FLOPs", log=True), frontier, runs, chosen)
     text = (
         "Points are the runs of the ladder, with all kinds of models, rates and batches; the line is what the law "
         "says of the best ones, which most runs are worse than. The band holds 90% of the laws that the runs "
-        "leave possible. Right of the last points it is extrapolated."
+        "leave possible. Right of the last points it is extrapolated, up to the recommended model, the diamond."
     )
-    rows = [(point["flops"], point["loss"], point["low"], point["high"]) for point in frontier]
-    return Figure(
-        "law", "The law and the runs", text, spec, Table(("FLOPs", "loss of the best", "90% from", "to"), rows)
-    )
+    rows = [(point["flops"], point["loss"], point["low"], point["high"], point["model"]) for point in frontier]
+    table = Table(("FLOPs", "loss of the best", "90% from", "to", "model"), rows)
+    return Figure("law", "The law and the runs", text, spec, table)
+
+
+def _bounds(estimate: Estimate, *, has_band: bool = True) -> dict[str, float | None]:
+    """A loss as a point of a chart, and the ends of its band."""
+    low, high = (estimate.low, estimate.high) if has_band else (math.nan, math.nan)
+    return {"loss": short(estimate.middle), "low": short(low), "high": short(high)}
+
+
+def _chart(x: Mapping[str, Any], lines: Sequence[Spec], points: Sequence[Spec], chosen: Spec) -> dict[str, Any]:
+    """Losses over an axis, named by `of`: lines, of which some have a band, points, and the recommended model."""
+    names = list(dict.fromkeys(value["of"] for value in (*lines, *points)))
+    y = {"field": "loss", "type": "quantitative", "title": "held-out loss (nats)", "scale": {"zero": False}}
+    named = {"field": "of", "type": "nominal", "title": None, "legend": {"symbolOpacity": 1}}
+    colour = {**named, "scale": by_name(names, COLOURS)}
+    dash = {**named, "scale": by_name(names, DASHES)}
+    shape = {**named, "scale": by_name(names, SHAPES)}
+    tooltip = [{"field": name, "type": "nominal"} for name in ("of", "model", x["field"], "loss")]
+    dot = {"type": "point", "filled": True, "opacity": 1}
+    diamond = {**dot, "shape": "diamond", "size": 160, "color": "currentColor"}
+    layers = [
+        {
+            "data": {"values": lines},
+            "transform": [{"filter": "isValid(datum.low)"}],
+            "mark": {"type": "area", "opacity": 0.2},
+            "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": colour},
+        },
+        {
+            "data": {"values": lines},
+            "mark": {"type": "line"},
+            "encoding": {"x": x, "y": y, "color": colour, "strokeDash": dash},
+        },
+        {
+            "data": {"values": points},
+            "mark": {**dot, "size": 40},
+            "encoding": {"x": x, "y": y, "color": colour, "shape": shape, "tooltip": tooltip},
+        },
+        {"data": {"values": [chosen]}, "mark": diamond, "encoding": {"x": x, "y": y, "tooltip": tooltip}},
+    ]
+    return {"width": "container", "height": 300, "layer": layers}
 
 
 def _checks(found: Recommendation) -> Part:
@@ -211,14 +212,3 @@ def _by_width(config: Config, ladder: Ladder, flops: float) -> list[tuple[Plan, 
     chosen = [plans[row] for _, row in sorted(best.items())]
     loss_RM = np.exp(ladder.law.predict(points_of(config, chosen)))
     return [(plan, Estimate.of(loss_R)) for plan, loss_R in zip(chosen, loss_RM.T, strict=True)]
-
-
-def _axis(field: str, title: str) -> dict[str, Any]:
-    scale = {"type": "log", "nice": False, "padding": 10}
-    return {
-        "field": field,
-        "type": "quantitative",
-        "title": title,
-        "scale": scale,
-        "axis": {"format": "~s", "tickCount": 6},
-    }

@@ -1,18 +1,24 @@
 """`sweep.html`: one page on a sweep, which loads nothing from anywhere."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from moe_ray.analytics.report.page import render
-from moe_ray.analytics.report.parts import Cell, Finding, Missing, Page, Part, Section, Table
+from moe_ray.analytics.report.parts import Cell, Figure, Finding, Missing, Page, Part, Section, Table
 from moe_ray.analytics.report.spec import short
 from moe_ray.storage import Storage
-from moe_ray.tuning.report.importance import importance_parts, importances
+from moe_ray.tuning.report.cost import cost_parts
+from moe_ray.tuning.report.findings import findings_of, reasons_of
+from moe_ray.tuning.report.importance import importance_parts
 from moe_ray.tuning.report.parallel import parallel_parts
-from moe_ray.tuning.report.sweep import Sweep, text_of
-from moe_ray.tuning.report.trade import curve_parts, pareto_front, pareto_parts, saved_text
+from moe_ray.tuning.report.sweep import Sweep, cell_of, counted, text_of
+from moe_ray.tuning.report.trade import curve_parts, pareto_parts
 from moe_ray.tuning.trials import Trial
 
 SWEEP_PAGE = "sweep.html"
+# What trials are compared by, next to the objective and what has bounds.
+_METRICS = ("loss", "val_loss", "val_perplexity", "load_cv", "dead_experts", "tokens_per_second", "memory_bytes")
 
 
 def write_sweep_page(
@@ -31,74 +37,70 @@ def write_sweep_page(
 
 def sweep_page(sweep: Sweep, sections: Sequence[Section] = (), findings: Sequence[Finding] = ()) -> Page:
     """The page."""
+    curves = curve_parts(sweep)
     parts = [
         *(sections or [Section("best", "Best trial", [_best(sweep)])]),
         Section("settings", "Settings", [*parallel_parts(sweep), *importance_parts(sweep)]),
-        Section("cost", "Loss and cost", pareto_parts(sweep)),
-        Section("learning", "Learning curves", curve_parts(sweep)),
-        Section("trials", "Trials", [_trials(sweep)]),
+        Section("cost", "Loss and cost", [*cost_parts(sweep), *pareto_parts(sweep)]),
+        Section("learning", "Learning curves", curves),
+        Section("trials", "Trials", [*_reasons(sweep), _trials(sweep)]),
     ]
     which = "lowest" if sweep.lowest else "highest"
     searched = ", ".join(sweep.settings) or "no setting"
-    lead = f"A sweep of {len(sweep.trials):,} trials for the {which} {sweep.metric} over {searched}."
-    return Page(sweep.name, lead, [*findings, *_findings(sweep)], parts, sweep.step_range)
-
-
-def _findings(sweep: Sweep) -> list[Finding]:
-    found = []
-    if sweep.best is not None:
-        value = sweep.objective(sweep.best)
-        settings = ", ".join(f"{name}={text_of(value)}" for name, value in sweep.best.values.items())
-        found.append(
-            Finding(
-                f"Trial {sweep.best.number} is the best: {sweep.metric} {text_of(value)} with {settings}.", "best"
-            )
-        )
-    important = importances(sweep)
-    told = [f"{item.setting} ({item.share:.0%})" for item in important if item.is_told]
-    if told:
-        found.append(
-            Finding(f"What decided, in this order: {', '.join(told)} of the variance of ranks.", "importance")
-        )
-    elif important:
-        found.append(Finding("No setting's effect is told from chance.", "importance"))
-    front = pareto_front(sweep)
-    if len(front) > 1:
-        numbers = ", ".join(str(trial.number) for trial in front)
-        found.append(
-            Finding(
-                f"Loss against FLOPs a token is a choice between trials {numbers}, the cheapest first.", "pareto"
-            )
-        )
-    if any(trial.status == "stopped" for trial in sweep.trials):
-        found.append(Finding(saved_text(sweep), "curves"))
-    for status, what in (("failed", "failed"), ("infeasible", "were impossible")):
-        numbers = [str(trial.number) for trial in sweep.trials if trial.status == status]
-        if numbers:
-            found.append(
-                Finding(
-                    f"{len(numbers)} of {len(sweep.trials)} trials {what}: {', '.join(numbers[:20])}.", "trials"
-                )
-            )
-    return found
+    within = "".join(f", with {bound.metric} {bound.relation} {bound.bound:g}" for bound in sweep.bounds)
+    trials = counted(len(sweep.trials), "trial")
+    lead = f"A sweep of {trials} for the {which} {sweep.metric}{within}, over {searched}."
+    steps = sweep.step_range if any(isinstance(part, Figure) for part in curves) else None
+    return Page(sweep.name, lead, [*findings, *findings_of(sweep)], parts, steps)
 
 
 def _best(sweep: Sweep) -> Part:
-    if sweep.best is None:
+    best, base = sweep.best, sweep.as_configured
+    if best is None:
         return Missing("Best trial", "No trial has finished within the constraints yet.")
-    rows = [(name, text_of(value)) for name, value in sweep.best.values.items()]
-    rows += [(name, text_of(value)) for name, value in sorted(sweep.best.metrics.items())]
-    run = f"Run {sweep.best.run}, {sweep.best.steps:,} steps, seed {sweep.best.seed}"
-    note = f"{run}. best.yaml has all of its settings."
-    return Table(("setting or metric", "value"), rows, f"Trial {sweep.best.number}", note)
+    sides = [(f"trial {best.number}", best.values, best.metrics)]
+    if sweep.configured is not None and base != best:
+        name = "as configured" if base is None else f"as configured (trial {base.number})"
+        sides.append((name, sweep.configured, {} if base is None else base.metrics))
+    settings = dict.fromkeys(name for _, values, _ in sides for name in values)
+    metrics = [name for name in _compared(sweep, *_METRICS) if name in best.metrics]
+    rows = [(name, *(_text(values, name) for _, values, _ in sides)) for name in settings]
+    rows += [(name, *(_text(numbers, name) for _, _, numbers in sides)) for name in metrics]
+    note = (
+        f"Run {best.run}, {counted(best.steps, 'step')}, seed {best.seed}; what another seed would change is not "
+        "known. best.yaml has all settings, metrics.jsonl of the run all numbers."
+    )
+    head = ("setting or metric", *(name for name, _, _ in sides))
+    return Table(head, rows, f"Trial {best.number}", note)
+
+
+def _text(values: Mapping[str, Any], name: str) -> str | None:
+    return text_of(values[name]) if name in values else None
+
+
+def _compared(sweep: Sweep, *others: str) -> list[str]:
+    """Metrics by which trials are compared, and others, each once."""
+    return list(dict.fromkeys((sweep.metric, *(bound.metric for bound in sweep.bounds), *others)))
+
+
+def _reasons(sweep: Sweep) -> list[Part]:
+    """Why trials did not train, most frequent reasons first."""
+    rows = [
+        (status, reason, len(trials), ", ".join(str(trial.number) for trial in trials))
+        for status in ("failed", "infeasible")
+        for reason, trials in reasons_of(sweep, status)
+    ]
+    head = ("status", "reason", "trials", "which")
+    return [Table(head, rows, "What failed and why", id="reasons")] if rows else []
 
 
 def _trials(sweep: Sweep) -> Part:
     if not sweep.trials:
         return Missing("Trials", "The sweep has none yet.")
+    metrics = _compared(sweep)
     head = (
         "trial",
-        sweep.metric,
+        *metrics,
         "status",
         "steps",
         *sweep.settings,
@@ -107,26 +109,23 @@ def _trials(sweep: Sweep) -> Part:
         "seconds",
         "attempts",
         "run",
-        "reason",
     )
-    ordered = sorted(sweep.trials, key=lambda trial: (sweep.loss(trial), trial.number))
-    note = "The best first. A dash is a setting that the trial does not have, or what is not known."
-    return Table(head, [_row(sweep, trial) for trial in ordered], "All trials", note, "trial-table")
+    rows = [_row(sweep, trial, metrics) for trial in sweep.ordered]
+    outside = " Trials out of bounds come after those within." if sweep.bounds else ""
+    note = f"The best first.{outside} A dash is a setting that the trial does not have, or what is not known."
+    return Table(head, rows, "All trials", note, "trial-table")
 
 
-def _row(sweep: Sweep, trial: Trial) -> list[Cell]:
-    value = sweep.objective(trial)
-    settings = [trial.values.get(name) for name in sweep.settings]
+def _row(sweep: Sweep, trial: Trial, metrics: Sequence[str]) -> list[Cell]:
     return [
         trial.number,
-        None if value is None else short(value),
+        *(short(trial.metrics.get(name, math.nan)) for name in metrics),
         trial.status,
         trial.steps,
-        *(None if setting is None else text_of(setting) for setting in settings),
-        trial.flops_per_token,
+        *(cell_of(trial.values.get(name)) for name in sweep.settings),
+        None if trial.flops_per_token is None else f"{trial.flops_per_token:.3g}",
         trial.active_parameters,
         round(trial.seconds),
         trial.attempts,
         trial.run,
-        trial.reason,
     ]

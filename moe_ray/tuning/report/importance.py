@@ -19,7 +19,7 @@ import numpy as np
 from moe_ray.analytics.report.parts import Figure, Missing, Part, Table
 from moe_ray.analytics.report.spec import COLOURS, short
 from moe_ray.analytics.significance import max_t
-from moe_ray.tuning.report.sweep import Sweep, is_number, text_of
+from moe_ray.tuning.report.sweep import Sweep, counted, is_number, text_of
 
 FEWEST_TRIALS = 8
 _PERMUTATIONS = 2000
@@ -29,11 +29,18 @@ _LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Importance:
-    """Of one setting: share of the variance of ranks over chance, at most 1, and corrected p-value."""
+    """Of one setting.
+
+    Attributes:
+        share: of the variance of ranks, over chance; at most 1.
+        p: corrected.
+        best: the values of the group with the best mean rank.
+    """
 
     setting: str
     share: float
     p: float
+    best: str
 
     @property
     def is_told(self) -> bool:
@@ -44,7 +51,8 @@ class Importance:
 def importances(sweep: Sweep) -> list[Importance]:
     """Of every setting that took several values, the largest first; none of fewer than eight trials."""
     trials = sweep.measured
-    groups = {name: _groups([trial.values.get(name) for trial in trials]) for name in sweep.settings}
+    values = {name: [trial.values.get(name) for trial in trials] for name in sweep.settings}
+    groups = {name: _groups(of) for name, of in values.items()}
     groups = (
         {name: labels_N for name, labels_N in groups.items() if 1 < labels_N.max() + 1 < len(trials)}
         if trials
@@ -58,7 +66,8 @@ def importances(sweep: Sweep) -> list[Importance]:
     observed_P = np.array([_eta(ranks_N[None], labels_N)[0] for labels_N in groups.values()])
     chance_RP = np.stack([_eta(shuffled_RN, labels_N) for labels_N in groups.values()], axis=1)
     _, p_P = max_t(observed_P, chance_RP)
-    found = [Importance(*item) for item in zip(groups, observed_P.tolist(), p_P.tolist(), strict=True)]
+    best = [_best(values[name], labels_N, ranks_N) for name, labels_N in groups.items()]
+    found = [Importance(*item) for item in zip(groups, observed_P.tolist(), p_P.tolist(), best, strict=True)]
     return sorted(found, key=lambda item: -item.share)
 
 
@@ -68,12 +77,18 @@ def importance_parts(sweep: Sweep) -> list[Part]:
     found = importances(sweep)
     if not found:
         reason = (
-            f"Not told from chance: {len(sweep.measured)} trials have an objective, and at least {FEWEST_TRIALS} "
-            "with settings that several of them share are needed."
+            f"It takes at least {FEWEST_TRIALS} trials with an objective, of which several share a value. This "
+            f"sweep has {counted(len(sweep.measured), 'trial')} with one."
         )
         return [Missing(title, reason)]
     values = [
-        {"setting": item.setting, "share": short(max(0.0, item.share)), "label": _told(item)} for item in found
+        {
+            "setting": item.setting,
+            "share": short(max(0.0, item.share)),
+            "told": item.is_told,
+            "label": _label(item),
+        }
+        for item in found
     ]
     names = {"field": "setting", "type": "nominal", "sort": None, "title": None}
     spec = {
@@ -91,11 +106,14 @@ def importance_parts(sweep: Sweep) -> list[Part]:
                 "type": "quantitative",
                 "title": "share of the variance of ranks, over chance",
                 "scale": {"domain": [0, 1]},
-                "axis": {"format": "%"},
+                "axis": {"format": "%", "tickCount": 5},
             },
         },
         "layer": [
-            {"mark": {"type": "bar", "color": COLOURS[0]}},
+            {
+                "mark": {"type": "bar", "fill": COLOURS[0], "stroke": COLOURS[0], "strokeWidth": 1.5},
+                "encoding": {"fillOpacity": {"condition": {"test": "datum.told", "value": 1}, "value": 0}},
+            },
             {
                 "mark": {"type": "text", "align": "left", "dy": -17},
                 "encoding": {"text": {"field": "label"}, "x": {"value": 2}},
@@ -105,19 +123,18 @@ def importance_parts(sweep: Sweep) -> list[Part]:
     text = (
         "Share of the variance of the trials' ranks that lies between the values of a setting (numbers by "
         f"thirds), less what chance makes of it; p by {_PERMUTATIONS:,} permutations, corrected for the number of "
-        "settings. Trials that were stopped count with their last objective."
+        "settings. Hollow bars are not told from chance. Trials that were stopped count with their last objective."
     )
     rows = [
-        (item.setting, short(item.share, 3), short(item.p, 3), "yes" if item.is_told else "no") for item in found
+        (item.setting, short(item.share, 3), short(item.p, 3), "yes" if item.is_told else "no", item.best)
+        for item in found
     ]
-    table = Table(("setting", "share over chance", "p", "told from chance"), rows)
+    table = Table(("setting", "share over chance", "p", "told from chance", "best values"), rows)
     return [Figure("importance", title, text, spec, table)]
 
 
-def _told(item: Importance) -> str:
-    return (
-        f"{item.setting}: {max(0.0, item.share):.0%}" if item.is_told else f"{item.setting}: not told from chance"
-    )
+def _label(item: Importance) -> str:
+    return f"{item.setting}: {max(0.0, item.share):.0%}{'' if item.is_told else ', not told from chance'}"
 
 
 def _groups(values: Sequence[Any]) -> np.ndarray:
@@ -129,6 +146,15 @@ def _groups(values: Sequence[Any]) -> np.ndarray:
     else:
         labels = ["" if value is None else f"={text_of(value)}" for value in values]
     return np.unique(labels, return_inverse=True)[1] if labels else np.zeros(0, int)
+
+
+def _best(values: Sequence[Any], labels_N: np.ndarray, ranks_N: np.ndarray) -> str:
+    """The values, or their range, of the group with the best mean rank."""
+    group = np.argmin(np.bincount(labels_N, ranks_N) / np.bincount(labels_N))
+    members = [value for value, label in zip(values, labels_N, strict=True) if label == group]
+    if all(map(is_number, members)) and min(members) < max(members):
+        return f"{text_of(min(members))} to {text_of(max(members))}"
+    return "not set" if members[0] is None else text_of(members[0])
 
 
 def _ranks(values_N: np.ndarray) -> np.ndarray:

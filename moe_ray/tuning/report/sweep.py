@@ -2,16 +2,21 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from moe_ray.analytics.report.parts import Cell
 from moe_ray.analytics.report.spec import COLOURS, by_name
+from moe_ray.sweep_config import Constraint
+from moe_ray.tuning.objective import violation
 from moe_ray.tuning.trials import Trial
 
 BEST, FINISHED, STOPPED, OTHER = "best", "finished", "stopped early", "failed or not done"
+# Positive numbers that span such a factor are drawn on a logarithmic axis.
+LOG_SPAN = 8
 _STATES = (BEST, FINISHED, STOPPED, OTHER)
-_LABEL = 24
+_IN_NATS = ("loss", "val_loss")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,9 @@ class Sweep:
         steps: of a trial that is not stopped.
         best: the trial that won; None while there is none.
         hidden: settings that follow from others.
+        configured: values of a trial that leaves the configuration as it stands; None where nothing is compared
+            with it.
+        bounds: on metrics; trials within them are better than any that is not.
     """
 
     name: str
@@ -35,6 +43,8 @@ class Sweep:
     steps: int
     best: Trial | None
     hidden: frozenset[str] = frozenset()
+    configured: Mapping[str, Any] | None = None
+    bounds: tuple[Constraint, ...] = ()
 
     @property
     def settings(self) -> list[str]:
@@ -45,8 +55,23 @@ class Sweep:
     @property
     def measured(self) -> list[Trial]:
         """Trials with an objective, the best first."""
-        known = [trial for trial in self.trials if self.objective(trial) is not None]
-        return sorted(known, key=self.loss)
+        return [trial for trial in self.ordered if self.objective(trial) is not None]
+
+    @property
+    def ordered(self) -> list[Trial]:
+        """All trials, the best first, those out of bounds after those within."""
+        return sorted(self.trials, key=lambda trial: (not self.is_within(trial), self.loss(trial), trial.number))
+
+    @property
+    def as_configured(self) -> Trial | None:
+        """The trial that ran with the configuration as it stands."""
+        return next((trial for trial in self.trials if trial.values == self.configured), None)
+
+    @property
+    def axis_title(self) -> str:
+        """The objective, its unit if it is known, and which end of the axis is the better one."""
+        unit = " (nats)" if self.metric in _IN_NATS else ""
+        return f"{self.metric}{unit}, {'lower' if self.lowest else 'higher'} is better"
 
     @property
     def step_range(self) -> tuple[int, int] | None:
@@ -64,6 +89,10 @@ class Sweep:
         value = self.objective(trial)
         return math.inf if value is None else value if self.lowest else -value
 
+    def is_within(self, trial: Trial) -> bool:
+        """Whether its metrics keep to the bounds."""
+        return violation(self.bounds, trial.metrics) is None
+
     def state(self, trial: Trial) -> str:
         """How it is drawn."""
         if self.best is not None and trial.number == self.best.number:
@@ -71,9 +100,9 @@ class Sweep:
         return {"finished": FINISHED, "stopped": STOPPED}.get(trial.status, OTHER)
 
 
-def state_encoding(sweep: Sweep) -> dict[str, Any]:
-    """Colour and shape by state; the legend names the states that there are."""
-    present = {sweep.state(trial) for trial in sweep.trials}
+def state_encoding(sweep: Sweep, trials: Iterable[Trial]) -> dict[str, Any]:
+    """Colour and shape by state; the legend names the states of these trials."""
+    present = {sweep.state(trial) for trial in trials}
     names = [name for name in _STATES if name in present]
     looks = {
         "color": dict(zip(_STATES, (COLOURS[1], COLOURS[0], COLOURS[5], COLOURS[3]), strict=True)),
@@ -90,6 +119,17 @@ def state_encoding(sweep: Sweep) -> dict[str, Any]:
     }
 
 
+def count_axis(field: str, title: str, *, log: bool) -> dict[str, Any]:
+    """A horizontal axis of large numbers, such as FLOPs."""
+    return {
+        "field": field,
+        "type": "quantitative",
+        "title": title,
+        "scale": {"nice": False, "padding": 12, **({"type": "log"} if log else {"zero": False})},
+        "axis": {"format": ".3~s", "tickCount": 6, "labelBound": True},
+    }
+
+
 def text_of(value: Any) -> str:
     """A value of a setting as people write it."""
     if isinstance(value, float):
@@ -97,10 +137,19 @@ def text_of(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def label_of(value: Any) -> str:
-    """The same, short enough for an axis."""
-    text = text_of(value)
-    return text if len(text) <= _LABEL else f"{text[: _LABEL - 1]}…"
+def cell_of(value: Any) -> Cell:
+    """The same in a table; None where there is no value."""
+    return value if value is None or is_number(value) else text_of(value)
+
+
+def cut(text: str, most: int) -> str:
+    """At most so many characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def counted(number: int, what: str) -> str:
+    """So many of them: 1 trial, 2 trials."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def is_number(value: Any) -> bool:

@@ -7,19 +7,17 @@ from typing import Any
 from moe_ray.analytics.report.curves import ROWS
 from moe_ray.analytics.report.parts import Figure, Missing, Part, Table
 from moe_ray.analytics.report.spec import COLOURS, over_time, short, step_axis
-from moe_ray.tuning.report.sweep import BEST, STOPPED, Sweep, state_encoding
+from moe_ray.tuning.report.sweep import BEST, LOG_SPAN, STOPPED, Sweep, count_axis, counted, state_encoding
 from moe_ray.tuning.trials import Trial
 
 _MOST_CURVES = 200
 _MOST_POINTS = 100
-_LOG_SPAN = 8
 
 
 def pareto_front(sweep: Sweep) -> list[Trial]:
     """Finished trials that no other one beats in both objective and FLOPs a token, the cheapest first."""
-    done = [trial for trial in sweep.measured if trial.status == "finished" and trial.flops_per_token]
     front: list[Trial] = []
-    for trial in sorted(done, key=lambda trial: (trial.flops_per_token, sweep.loss(trial))):
+    for trial in sorted(_finished(sweep), key=lambda trial: (trial.flops_per_token, sweep.loss(trial))):
         if not front or sweep.loss(trial) < sweep.loss(front[-1]):
             front.append(trial)
     return front
@@ -28,35 +26,33 @@ def pareto_front(sweep: Sweep) -> list[Trial]:
 def pareto_parts(sweep: Sweep) -> list[Part]:
     """The figure, or why there is none."""
     title = f"{sweep.metric} against FLOPs a token"
-    trials = [trial for trial in sweep.measured if trial.flops_per_token]
-    if not trials:
-        return [Missing(title, "No trial has both an objective and a size yet.")]
-    front = pareto_front(sweep)
+    trials = _finished(sweep)
     costs = [trial.flops_per_token or 0.0 for trial in trials]
-    kind = "log" if max(costs) / min(costs) >= _LOG_SPAN else "linear"
-    x = {
-        "field": "flops",
-        "type": "quantitative",
-        "title": "training FLOPs a token",
-        "scale": {"type": kind, "zero": False, "nice": False, "padding": 12},
-        "axis": {"format": "~s", "tickCount": 6},
-    }
-    y = {"field": "value", "type": "quantitative", "title": sweep.metric, "scale": {"zero": False}}
+    if not trials:
+        return [Missing(title, "No trial has finished yet.")]
+    if min(costs) == max(costs):
+        told = f"{short(costs[0], 3):.3g} FLOPs a token: there is nothing to weigh."
+        return [Missing(title, f"{'Every' if len(trials) > 1 else 'The only'} finished trial takes {told}")]
+    front = pareto_front(sweep)
+    x = count_axis("flops", "training FLOPs a token", log=max(costs) / min(costs) >= LOG_SPAN)
+    y = {"field": "value", "type": "quantitative", "title": sweep.axis_title, "scale": {"zero": False}}
     tooltip = [{"field": name, "type": "nominal"} for name in ("trial", "state", "value", "flops")]
     line = {
         "data": {"values": [_point(sweep, trial) for trial in front]},
         "mark": {"type": "line", "interpolate": "step-after", "color": COLOURS[1], "strokeDash": [5, 3]},
         "encoding": {"x": x, "y": y},
     }
+    # The best is drawn last, over the others.
     points = {
-        "data": {"values": [_point(sweep, trial) for trial in trials]},
-        "mark": {"type": "point", "filled": True, "size": 70},
-        "encoding": {"x": x, "y": y, **state_encoding(sweep), "tooltip": tooltip},
+        "data": {"values": [_point(sweep, trial) for trial in reversed(trials)]},
+        "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
+        "encoding": {"x": x, "y": y, **state_encoding(sweep, trials), "tooltip": tooltip},
     }
     spec = {"width": "container", "height": 260, "layer": [line, points]}
+    beyond = "upper" if sweep.lowest else "lower"
     text = (
-        "Each point is a trial. The dashed line joins the finished trials that no other one beats in both: to its "
-        "upper right lies what costs more and is worse."
+        "Each point is a finished trial. The dashed line joins those that no other one beats in both: to its "
+        f"{beyond} right lies what costs more and is worse."
     )
     rows = [
         (
@@ -69,12 +65,12 @@ def pareto_parts(sweep: Sweep) -> list[Part]:
         for trial in front
     ]
     head = ("trial", sweep.metric, "FLOPs a token", "active parameters", "parameters")
-    return [Figure("pareto", title, text, spec, Table(head, rows or [(None,) * 5], note="Trials of the front."))]
+    return [Figure("pareto", title, text, spec, Table(head, rows, note="Trials of the front."))]
 
 
 def curve_parts(sweep: Sweep) -> list[Part]:
     """Learning curves of all trials, or why there are none."""
-    title = "Learning curves"
+    title = f"{sweep.metric} over steps"
     steps, trials = sweep.step_range, [trial for trial in sweep.trials if trial.history]
     if steps is None:
         return [Missing(title, "No trial has been evaluated yet.")]
@@ -86,8 +82,8 @@ def curve_parts(sweep: Sweep) -> list[Part]:
         for trial in reversed(drawn)
         for step, value, is_last in _thinned(trial.history)
     ]
-    y = {"field": "value", "type": "quantitative", "title": sweep.metric, "scale": {"zero": False}}
-    look = state_encoding(sweep)
+    y = {"field": "value", "type": "quantitative", "title": sweep.axis_title, "scale": {"zero": False}}
+    look = state_encoding(sweep, drawn)
     is_best = {"test": f"datum.state == '{BEST}'"}
     encoding = {"x": step_axis(), "y": y, "color": look["color"]}
     tooltip = [{"field": name, "type": "nominal"} for name in ("trial", "state", "step", "value")]
@@ -103,7 +99,7 @@ def curve_parts(sweep: Sweep) -> list[Part]:
     }
     ends = {
         "transform": [{"filter": "datum.last"}],
-        "mark": {"type": "point", "filled": True, "size": 60},
+        "mark": {"type": "point", "filled": True, "size": 60, "opacity": 1},
         "encoding": {**encoding, "shape": look["shape"], "tooltip": tooltip},
     }
     shown = [{"filter": "isValid(datum.value) && datum.step >= from && datum.step <= to"}]
@@ -131,10 +127,20 @@ def saved_text(sweep: Sweep) -> str:
     whole = len(started) * sweep.steps
     if not stopped or not whole:
         return "No trial was stopped early."
+    were = "was" if stopped == 1 else "were"
     return (
-        f"{stopped} of {len(started)} trials were stopped early (dashed, crosses): {used:,} steps were trained, "
-        f"{used / whole:.0%} of the {whole:,} that all of them to the end would have taken."
+        f"{stopped} of {counted(len(started), 'trial')} {were} stopped early (dashed, crosses). Steps trained: "
+        f"{used:,}, {used / whole:.0%} of the {whole:,} that all of them to the end would have taken."
     )
+
+
+def _finished(sweep: Sweep) -> list[Trial]:
+    """Finished trials within the bounds whose size is known, the best first."""
+    return [
+        trial
+        for trial in sweep.measured
+        if trial.status == "finished" and trial.flops_per_token and sweep.is_within(trial)
+    ]
 
 
 def _point(sweep: Sweep, trial: Trial) -> dict[str, Any]:
