@@ -14,7 +14,7 @@ from jobs.chaos import parse as chaos_options
 from moe_ray.config import build_config, load_config
 from moe_ray.telemetry.run_log import read_metrics
 from moe_ray.training.chaos.schedule import Fault, plan_faults
-from moe_ray.tuning.space import check_sweep
+from moe_ray.tuning.check import check_sweep
 from tests.tiny import copy_corpus, tiny_settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,9 +10,10 @@ from jobs.sweep import main
 from moe_ray.config import Config, build_config
 from moe_ray.errors import ConfigError, DataError
 from moe_ray.storage import open_storage
+from moe_ray.tuning.check import check_sweep
 from moe_ray.tuning.objective import ranked
 from moe_ray.tuning.search import Search
-from moe_ray.tuning.space import check_sweep, draw, grid_points, resolve
+from moe_ray.tuning.space import draw, grid_points, resolve
 from moe_ray.tuning.trials import TRIALS, Trial, read_trials, write_trials
 
 
