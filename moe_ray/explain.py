@@ -114,7 +114,9 @@ def _told(root: type[Section], place: _Place, item: ErrorDetails) -> tuple[str, 
             f"write {place.name} as a mapping of fields such as {fields}.",
         )
     assert place.field is not None, item
-    where = place.name + "".join(f"[{part}]" for part in item["loc"] if isinstance(part, int))
+    # Of an item that is missing, the input is what should have it.
+    location = item["loc"][:-1] if item["type"] == "missing" else item["loc"]
+    where = place.name + "".join(f"[{part}]" for part in location if isinstance(part, int))
     return (
         f"{where}={item['input']!r} is not allowed: {item['msg'][0].lower()}{item['msg'][1:]}.",
         f"{place.name} is {type_name(place.field.annotation)}: {place.field.description}.",
