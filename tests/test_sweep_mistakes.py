@@ -80,7 +80,7 @@ def test_only_settings_of_a_run_are_varied(space: dict[str, Any], message: str) 
         ({"optim.eps": {"choice": [1], "when": {"model.rout": "hash"}}}, "did you mean 'model.router'"),
         (
             {"optim.eps": {"choice": [1], "when": {"model.score_func": "sig"}}},
-            "eps.when: model.score_func='sig'.*sigmoid",
+            "score_func='sig'.*sigmoid",
         ),
         ({"optim.eps": {"choice": [1], "when": {"optim.eps": 1}}}, "optim.eps depends on itself"),
         ({"optim.eps": {"choice": [1], "when": {"optim.lr": 1.0}}} | LR, "depends on optim.lr, which comes after"),

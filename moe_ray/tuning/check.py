@@ -172,13 +172,18 @@ def _check_algorithm(config: Config) -> None:
             f"sweep.algorithm=grid cannot try all values of {', '.join(ranges)}.",
             "give choice, grid or integers, or use sweep.algorithm=random.",
         )
-    points = sum(1 for _ in itertools.islice(grid_points(config), sweep.trials + 1))
-    if len(sweep.first) + points > sweep.trials:
-        _refuse_grid(sweep)
-
-
-def _refuse_grid(sweep: SweepConfig) -> None:
     counts = {name: len(dimension.values or ()) for name, dimension in sweep.space.items()}
+    # What has too many values by itself cannot be counted out.
+    if max(counts.values()) > sweep.trials or len(sweep.first) + _count_points(config) > sweep.trials:
+        _refuse_grid(sweep, counts)
+
+
+def _count_points(config: Config) -> int:
+    """Of the grid, or one more than there may be trials."""
+    return sum(1 for _ in itertools.islice(grid_points(config), config.sweep.trials + 1))
+
+
+def _refuse_grid(sweep: SweepConfig, counts: Mapping[str, int]) -> None:
     whole = math.prod(counts.values())
     most = "up to " if any(dimension.when for dimension in sweep.space.values()) else ""
     factors = ", ".join(f"{count:,} of {name}" for name, count in counts.items())
@@ -186,7 +191,7 @@ def _refuse_grid(sweep: SweepConfig) -> None:
     raise ConfigError(
         f"the grid of sweep.space has {most}{whole:,} combinations ({factors}){beside}, more than "
         f"sweep.trials={sweep.trials}.",
-        f"set sweep.trials={whole + len(sweep.first)}, give fewer values, or use sweep.algorithm=random.",
+        f"give fewer values, set sweep.trials={whole + len(sweep.first)}, or use sweep.algorithm=random.",
     )
 
 
