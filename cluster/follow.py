@@ -9,6 +9,7 @@ cluster is that of RAY_API_SERVER_ADDRESS, or of RAY_ADDRESS.
 
 import asyncio
 import logging
+import re
 import sys
 from typing import Any
 
@@ -24,6 +25,8 @@ def main(submission_id: str) -> int:
         ConfigError: there is no such job, or no cluster.
         JobError: the connection was lost before the end.
     """
+    if not re.fullmatch(r"(?!\.+$)[^\s/?#%]+", submission_id):
+        raise ConfigError(f"{submission_id!r} is no submission id.", "`ray job list` names those that there are.")
     # Here, so that the help needs no Ray.
     from ray.job_submission import JobSubmissionClient
 

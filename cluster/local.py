@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 
 from cluster.head import LOOPBACK_ONLY, Head, authentication, await_ready, fetch, is_ready, launch
 from cluster.ingress import find_haproxy, high_throughput
-from cluster.nodes import NodePlan, count_nodes
+from cluster.nodes import MOST_CPUS, NodePlan, count_nodes
 from cluster.processes import end_marked, find_marked, started_at
 from jobs.cli import exit_on_error
 from moe_ray.errors import ConfigError, MoeRayError
@@ -97,7 +97,10 @@ class LocalCluster:
 
         Raises:
             ClusterError: it does not start, or it runs with fewer CPUs, another proxy or other nodes.
+            ConfigError: that is no number of CPUs.
         """
+        if num_cpus is not None and not 1 <= num_cpus <= MOST_CPUS:
+            raise ConfigError(f"--num-cpus {num_cpus} is no number of CPUs.", f"use 1 to {MOST_CPUS}.")
         self._make_folders()
         with self._exclusive():
             head = self.head()
@@ -303,7 +306,9 @@ if __name__ == "__main__":
     parser.add_argument("--proxy", choices=get_args(Proxy))
     parser.add_argument("--nodes", dest="cpu", type=_range, metavar="MIN,MAX")
     parser.add_argument("--spot-nodes", dest="spot", type=_range, metavar="MIN,MAX", help="default: none")
-    parser.add_argument("--max-nodes", dest="most", type=int, metavar="N", help="of both kinds; default: 4")
+    parser.add_argument(
+        "--max-nodes", dest="most", type=int, metavar="N", help="of both; default: the most of each"
+    )
     parser.add_argument("--cpus-per-node", type=int, metavar="N", help="logical ones; default: 4")
     parser.add_argument("--idle-seconds", type=float, metavar="S", help="until a node ends; default: 60")
     # So that an interrupted start cleans up after itself.

@@ -21,6 +21,8 @@ _HEAD_ID = "f" * 51 + "00000"
 _HEAD_TYPE = "ray.head.default"
 _NODE_ID, _NODE_TYPE = "RAY_CLOUD_INSTANCE_ID", "RAY_NODE_TYPE_NAME"
 _OBJECT_STORE_BYTES = 100_000_000
+# Ray takes more, and would start a process for each.
+MOST_CPUS = 1024
 # What the autoscaler reads without asking whether it is there: there are no machines to set up.
 _NO_SETUP = {"auth": {}, "file_mounts": {}, "cluster_synced_files": []} | {
     f"{kind}_commands": []
@@ -58,14 +60,14 @@ class NodePlan:
     Attributes:
         cpu: least and most nodes of the group `cpu`.
         spot: least and most nodes of the group `spot`.
-        most: nodes of both groups together.
+        most: nodes of both groups together; None: the most of each.
         cpus_per_node: logical CPUs of a node; can be more than there are.
         idle_seconds: a node without work for longer ends.
     """
 
     cpu: tuple[int, int] = (1, 4)
     spot: tuple[int, int] = (0, 0)
-    most: int = 4
+    most: int | None = None
     cpus_per_node: int = 4
     idle_seconds: float = 60.0
 
@@ -75,20 +77,28 @@ class NodePlan:
                 raise ConfigError(f"{option} {least},{most} is no range.", "write MIN,MAX, such as 1,4.")
         if not self.cpu[1] + self.spot[1]:
             raise ConfigError("--nodes 0,0 leaves no node that could work.", "write MIN,MAX, such as 0,4.")
-        if not max(1, self.cpu[0] + self.spot[0]) <= self.most:
+        if not max(1, self.cpu[0] + self.spot[0]) <= self.limit:
             raise ConfigError(
                 f"--max-nodes {self.most} is fewer than the least of both groups.", "raise it, or lower those."
             )
-        if self.cpus_per_node < 1 or not 0 < self.idle_seconds < math.inf:
+        if not 1 <= self.cpus_per_node <= MOST_CPUS:
             raise ConfigError(
-                f"--cpus-per-node {self.cpus_per_node} and --idle-seconds {self.idle_seconds:g} must be positive.",
-                "use at least 1 CPU, and a positive number of seconds.",
+                f"--cpus-per-node {self.cpus_per_node} is no number of CPUs.", f"use 1 to {MOST_CPUS}."
             )
+        if not 0 < self.idle_seconds < math.inf:
+            raise ConfigError(
+                f"--idle-seconds {self.idle_seconds:g} must be positive.", "use a positive number of seconds."
+            )
+
+    @property
+    def limit(self) -> int:
+        """Nodes of both groups together, at most."""
+        return self.cpu[1] + self.spot[1] if self.most is None else self.most
 
     def __str__(self) -> str:
         ranges = [f"{name} {least} to {most}" for name, (least, most) in self._groups().items() if most]
         each = f"{self.cpus_per_node} CPUs each, ended after {self.idle_seconds:g} s"
-        return f"{', '.join(ranges)}, at most {self.most}, {each}"
+        return f"{', '.join(ranges)}, at most {self.limit}, {each}"
 
     def write(self, file: Path, gcs_address: str) -> None:
         """Write the configuration that `ray start --autoscaling-config` takes."""
@@ -96,7 +106,7 @@ class NodePlan:
         head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
         config = {
             "cluster_name": "local",
-            "max_workers": self.most,
+            "max_workers": self.limit,
             "idle_timeout_minutes": self.idle_seconds / 60,
             "upscaling_speed": 100.0,
             "provider": {

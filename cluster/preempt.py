@@ -31,6 +31,9 @@ def drain(node: LocalNode, environment: Mapping[str, str], seconds: int) -> None
 
     Args:
         environment: of a client of the cluster.
+
+    Raises:
+        ClusterError: the cluster does not take the notice; the node stays.
     """
     deadline = time.monotonic() + seconds
     options = {
@@ -42,11 +45,30 @@ def drain(node: LocalNode, environment: Mapping[str, str], seconds: int) -> None
     }
     command = [str(Path(sys.executable).with_name("ray")), "drain-node"]
     command += [f"--{name}={value}" for name, value in options.items()]
-    subprocess.run(
-        command, env={**os.environ, **environment}, check=True, capture_output=True, timeout=_DRAIN_SECONDS
-    )
+    try:
+        subprocess.run(
+            command,
+            env={**os.environ, **environment},
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=_DRAIN_SECONDS,
+        )
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines() or ["nothing"]
+        raise _not_taken(node, f"`ray drain-node` said last: {said[-1].rstrip('.')}") from None
+    except subprocess.TimeoutExpired:
+        raise _not_taken(node, f"no answer for {_DRAIN_SECONDS:.0f} s") from None
     time.sleep(max(0.0, deadline - time.monotonic()))
     lose(node)
+
+
+def _not_taken(node: LocalNode, reason: str) -> ClusterError:
+    return ClusterError(
+        f"the cluster did not take the notice for node {node.node_id[-5:]}, which stays: {reason}.",
+        "see `python -m cluster.local status`; without --notice the node goes at once.",
+    )
 
 
 def main(options: argparse.Namespace) -> None:
@@ -54,7 +76,7 @@ def main(options: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: the notice is no number of seconds.
-        ClusterError: there is no such node.
+        ClusterError: there is no such node, or the cluster does not take the notice.
     """
     if options.notice < 0:
         raise ConfigError(f"--notice {options.notice} is negative.", "use seconds, or 0 for no notice.")

@@ -13,7 +13,7 @@ from jobs.cli import run_job
 from moe_ray.config import Config
 from moe_ray.errors import TrainingError
 from moe_ray.telemetry.logs import setup_logging
-from moe_ray.tuning.space import check_sweep
+from moe_ray.tuning.check import check_sweep
 
 
 def main(config: Config) -> None:

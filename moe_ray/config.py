@@ -1,18 +1,17 @@
 """Every setting of the system: frozen pydantic models, loaded from YAML plus `section.field=value` overrides."""
 
 import contextlib
-import difflib
 import os
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, PositiveFloat, ValidationError, model_validator
 from pydantic_core import PydanticUndefined
 
 from moe_ray.errors import ConfigError
+from moe_ray.explain import explain, names_of, sections_of, type_name
 from moe_ray.model_config import ModelConfig, divisors
 from moe_ray.section import (
     BelowOne,
@@ -384,7 +383,7 @@ def build_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explain(error, Config) from None
 
 
 def check_setting(name: str, value: Any) -> None:
@@ -397,7 +396,7 @@ def check_setting(name: str, value: Any) -> None:
     try:
         Config.model_validate({section: {field: value} if field else value})
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explain(error, Config) from None
     except ConfigError:
         # Impossible beside the defaults; others may make it possible.
         return
@@ -424,83 +423,26 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     fields[field] = value
 
 
-def _explain(error: ValidationError) -> ConfigError:
-    """One line a problem, each with the nearest valid key or what is allowed."""
-    problems, fixes = [], []
-    # A field of several types has a problem for each; the first says enough.
-    items = {_key(item["loc"]): item for item in reversed(error.errors(include_url=False))}
-    for key, item in reversed(items.items()):
-        if item["type"] == "extra_forbidden":
-            problems.append(f"unknown setting {key!r}.")
-            nearest = difflib.get_close_matches(key, list(setting_names()), n=1, cutoff=0.0)[0]
-            fixes.append(f"did you mean {nearest!r}? --help lists all.")
-        elif item["type"] == "model_type":
-            problems.append(f"{key}={item['input']!r} is not a section.")
-            fixes.append(f"write {key} as a mapping of fields.")
-        else:
-            problems.append(f"{key}={item['input']!r} is not allowed: {item['msg'][0].lower()}{item['msg'][1:]}.")
-            fixes.append(f"{key} is {_describe(key)}.")
-    return ConfigError(" ".join(problems), " ".join(fixes))
-
-
-def _key(location: Sequence[str | int]) -> str:
-    """The field at fault; what follows its name tells which of its types or items."""
-    return ".".join(takewhile(str.isidentifier, map(str, location)))
-
-
 def setting_names() -> Iterator[str]:
     """Every valid `section.field`, after the section names themselves."""
-    yield from Config.model_fields
-    for section, info in Config.model_fields.items():
-        yield from (f"{section}.{field}" for field in _section_fields(info.annotation))
+    return names_of(Config)
 
 
 def describe_settings() -> str:
     """Every setting with its type, default and meaning, for `--help`."""
     lines = []
-    for section, info in Config.model_fields.items():
-        fields = _section_fields(info.annotation)
-        lines.append(f"{section}: {(info.annotation.__doc__ or '').strip()}")
-        for field, field_info in fields.items():
-            default = yaml.safe_dump(
-                _plain(field_info.default), default_flow_style=True, width=10_000
-            ).splitlines()[0]
-            lines.append(f"  {section}.{field}  ({_type_name(field_info.annotation)}, default {default})")
-            lines.append(f"      {field_info.description}")
+    for name, section in sections_of(Config):
+        lines.append(f"{name}: {(section.__doc__ or '').strip()}")
+        for field, info in section.model_fields.items():
+            default = yaml.safe_dump(_plain(info.default), default_flow_style=True, width=10_000).splitlines()[0]
+            lines.append(f"  {name}.{field}  ({type_name(info.annotation)}, default {default})")
+            lines.append(f"      {info.description}")
     return "\n".join(lines)
 
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `load_config` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def _section_fields(section: Any) -> dict[str, Any]:
-    return section.model_fields
-
-
-def _describe(key: str) -> str:
-    section, _, rest = key.partition(".")
-    field = rest.partition(".")[0]
-    info = Config.model_fields.get(section)
-    fields = _section_fields(info.annotation) if info else {}
-    if field not in fields:
-        return "a section"
-    return f"{_type_name(fields[field].annotation)}: {fields[field].description}"
-
-
-def _type_name(annotation: Any) -> str:
-    if get_origin(annotation) is Annotated:
-        return _type_name(get_args(annotation)[0])
-    if get_origin(annotation) is Literal:
-        return "|".join(str(value) for value in get_args(annotation))
-    if get_origin(annotation) is tuple:
-        return f"list of {_type_name(get_args(annotation)[0])}"
-    if get_origin(annotation) is dict:
-        return "mapping to {1}".format(*map(_type_name, get_args(annotation)))
-    if get_args(annotation):
-        return " or ".join(_type_name(part) for part in get_args(annotation))
-    return {type(None): "null"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
 
 
 def _plain(value: Any) -> Any:

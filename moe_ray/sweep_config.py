@@ -1,5 +1,6 @@
 """Settings of sweeps: which settings of a run are varied, how, and what counts as better."""
 
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -22,6 +23,9 @@ class Constraint(NamedTuple):
     relation: str
     bound: float
 
+    def __str__(self) -> str:
+        return f"{self.metric} {self.relation} {self.bound:g}"
+
 
 class Dimension(Section):
     """The values that one setting may have: exactly one of the kinds, and perhaps a condition."""
@@ -32,7 +36,7 @@ class Dimension(Section):
     )
     uniform: tuple[float, float] | None = Field(None, description="[low, high], evenly")
     loguniform: tuple[float, float] | None = Field(None, description="[low, high], evenly in the logarithm")
-    integers: tuple[int, int] | tuple[int, int, Count] | None = Field(
+    integers: Annotated[tuple[int, ...], Field(min_length=2, max_length=3)] | None = Field(
         None, description="[low, high] or [low, high, step], both ends included"
     )
     when: dict[str, Any] = Field(
@@ -61,28 +65,33 @@ class Dimension(Section):
         """Of a range of numbers with a fraction."""
         return self.loguniform if self.uniform is None else self.uniform
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def check(self, name: str) -> None:
+        """Look for mistakes that are none of the types.
+
+        Raises:
+            ConfigError: it has not one kind of values, or no value.
+        """
+        where = f"sweep.space.{name}"
         given = [kind for kind in _KINDS if getattr(self, kind) is not None]
         if len(given) != 1:
             raise ConfigError(
-                f"a dimension of sweep.space has {' and '.join(given) or 'no kind of values'}.",
+                f"{where} has {' and '.join(given) or 'no kind of values'}.",
                 f"give exactly one of {', '.join(_KINDS)}, such as {{choice: [1, 2]}}.",
             )
+        where = f"{where}.{self.kind}={list(getattr(self, self.kind))}"
         if self.bounds is not None:
             low, high = self.bounds
             if low >= high or (self.loguniform is not None and low <= 0):
                 raise ConfigError(
-                    f"{self.kind}=[{low:g}, {high:g}] in sweep.space is no range.",
+                    f"{where} is no range.",
                     "give [low, high] with low < high" + (" and low > 0." if self.loguniform else "."),
                 )
         elif self.integers is not None and max(map(abs, self.integers)) > _MOST:
-            raise ConfigError(
-                f"integers={list(self.integers)} in sweep.space goes beyond {_MOST:,}.", "give smaller ones."
-            )
+            raise ConfigError(f"{where} goes beyond {_MOST:,}.", "give smaller ones.")
+        elif self.integers is not None and (min(self.integers[2:], default=1) < 1 or not self.values):
+            raise ConfigError(f"{where} holds no value.", "give low <= high, and a step of at least 1.")
         elif not self.values:
-            raise ConfigError(f"{self.kind} in sweep.space holds no value.", "give at least one.")
-        return self
+            raise ConfigError(f"{where} holds no value.", "give at least one.")
 
 
 class AutoConfig(Section):
@@ -129,7 +138,9 @@ class SweepConfig(AutoConfig):
     )
     seed: NonNegativeInt = Field(0, description="of the values tried; that of the runs is train.seed")
     retries: NonNegativeInt = Field(1, description="how often a failed trial is tried again")
-    grace_steps: PositiveInt = Field(100, description="asha: steps before the first trial may be ended")
+    grace_steps: PositiveInt = Field(
+        200, description="asha: steps before the first trial may be ended, a multiple of train.eval_every"
+    )
     reduction_factor: Annotated[int, Field(ge=2, le=64)] = Field(
         3, description="asha: one of so many trials goes on at grace_steps and at each multiple by this factor"
     )
@@ -150,6 +161,8 @@ class SweepConfig(AutoConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        for name, dimension in self.space.items():
+            dimension.check(name)
         for text in self.constraints:
             match = _CONSTRAINT.fullmatch(text)
             if not match or not _is_number(match[3]):
@@ -157,12 +170,26 @@ class SweepConfig(AutoConfig):
                     f"sweep.constraints has {text!r}, which is no bound on a metric.",
                     "write for example 'load_cv <= 0.3', with one of <=, >=, <, >.",
                 )
+        for least, most in itertools.permutations(self.bounds, 2):
+            if _exclude(least, most):
+                raise ConfigError(
+                    f"sweep.constraints has '{least}' and '{most}', which no trial can meet.",
+                    f"leave one of them out, or let the bounds of {least.metric} leave room.",
+                )
         if self.algorithm == "optuna" and self.scheduler == "pbt":
             raise ConfigError(
                 "sweep.algorithm=optuna learns nothing with sweep.scheduler=pbt, where all trials begin at once.",
                 "use sweep.algorithm=random.",
             )
         return self
+
+
+def _exclude(least: Constraint, most: Constraint) -> bool:
+    """Whether no number is above the one bound and below the other."""
+    if least.metric != most.metric or least.relation not in (">", ">=") or most.relation not in ("<", "<="):
+        return False
+    is_open = least.relation == ">" or most.relation == "<"
+    return least.bound > most.bound or (least.bound == most.bound and is_open)
 
 
 def _is_number(text: str) -> bool:

@@ -19,9 +19,10 @@ from moe_ray.tuning.auto.law import PRIORS, Law, fit_law
 from moe_ray.tuning.auto.recommend import candidates, fit_ladder, model_flops, recommend
 from moe_ray.tuning.auto.shapes import fewest_steps, points_of
 from moe_ray.tuning.board import Board
+from moe_ray.tuning.check import check_sweep
 from moe_ray.tuning.outcome import write_outcome
 from moe_ray.tuning.search import new_trial
-from moe_ray.tuning.space import check_sweep, resolve
+from moe_ray.tuning.space import resolve
 from moe_ray.tuning.trials import Trial
 from tests.browser import opened
 
@@ -77,9 +78,8 @@ def finished(losses: Sequence[float]) -> list[Trial]:
 
 def test_intervals_hold_what_they_promise() -> None:
     """Over many laws, 90% intervals of parameters and of losses far from the runs hold nine of ten."""
-    far = points_of(
-        CONFIG, candidates(CONFIG, fit_ladder(CONFIG, finished(losses_of(planted(0), 0))), 2.4e14)[::37]
-    )
+    ladder = fit_ladder(CONFIG, finished(losses_of(planted(0), 0)))
+    far = points_of(CONFIG, candidates(CONFIG, ladder.law, 2.4e14, ladder.shapes)[::37])
     parameters, predictions = [], []
     for seed in range(25):
         law = planted(seed)
@@ -108,7 +108,7 @@ def test_the_choice_is_nearly_the_best_of_the_planted_law(seed: int) -> None:
     law = planted(seed)
     fitted = fit_ladder(CONFIG, finished(losses_of(law, seed)))
     found = recommend(CONFIG, fitted)
-    plans = candidates(CONFIG, fitted, model_flops(CONFIG))
+    plans = candidates(CONFIG, fitted.law, model_flops(CONFIG), fitted.shapes)
     (chosen,) = [
         number
         for number, plan in enumerate(plans)
@@ -126,7 +126,7 @@ def test_sureness_is_how_often_it_is_right() -> None:
     for seed in range(5):
         law = planted(seed)
         fitted = fit_ladder(CONFIG, finished(losses_of(law, seed)))
-        plans = candidates(CONFIG, fitted, model_flops(CONFIG))[::11]
+        plans = candidates(CONFIG, fitted.law, model_flops(CONFIG), fitted.shapes)[::11]
         points = points_of(CONFIG, plans)
         loss_RM, truth_M = fitted.law.predict(points), law.best(points)
         for one, other in np.random.default_rng(seed).integers(0, len(plans), (40, 2)).tolist():
@@ -181,7 +181,8 @@ def test_too_small_a_budget_is_refused_with_the_smallest() -> None:
     [
         ({"budget": None}, "sweep.budget=null"),
         ({"trials": 5}, "sweep.trials=5 are too few"),
-        ({"space": {"optim.lr": {"choice": [1e-3]}}}, "sweep.space"),
+        ({"space": {"optim.lr": {"choice": [1e-3]}}}, "sweep.space has no meaning with sweep.auto=true"),
+        ({"mutate": ["optim.lr"]}, "sweep.mutate has no meaning"),
         ({"scheduler": "asha"}, "sweep.scheduler='asha' has no meaning"),
         ({"metric": "loss"}, "sweep.metric='loss' has no meaning"),
     ],

@@ -43,6 +43,8 @@ from moe_ray.errors import ConfigError
         ("train.name=2026-13-45", "holds no YAML value"),
         ("train.storage=~nobody-of-this-name/x", "train.storage='~nobody-of-this-name/x' is no path"),
         ("model.num_layers=1000000000", "model.num_layers=1000000000 .*65536"),
+        ("parallel.workers=[1,many]", r"parallel.workers\[1\]='many' is not allowed: .*integer"),
+        ("parallel.resources={spot: none}", "parallel.resources.spot='none' is not allowed.*custom resources"),
         ("parallel.workers=1000000007", "parallel.workers=1000000007 .*65536"),
     ],
 )

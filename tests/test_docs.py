@@ -14,7 +14,8 @@ from jobs.chaos import parse as chaos_options
 from moe_ray.config import build_config, load_config
 from moe_ray.telemetry.run_log import read_metrics
 from moe_ray.training.chaos.schedule import Fault, plan_faults
-from moe_ray.tuning.space import check_sweep
+from moe_ray.tuning.check import check_sweep
+from moe_ray.tuning.report.importance import FEWEST_TRIALS
 from tests.tiny import copy_corpus, tiny_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,18 +85,21 @@ def test_commands_of_the_page_on_logs_log_and_track(tmp_path: Path) -> None:
 
 def test_spaces_of_the_page_on_sweeps_are_possible() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert blocks("sweeps", "bash")[0].splitlines()[0] in readme
-    space, population = (yaml.safe_load(block) for block in blocks("sweeps", "yaml"))
-    for tree in (space, population):
+    assert blocks("sweeps", "bash")[1].splitlines()[0] in readme
+    first, space, population = (yaml.safe_load(block) for block in blocks("sweeps", "yaml"))
+    for tree in (first, space, population):
         check_sweep(build_config(tree))
     check_sweep(load_config(ROOT / "jobs" / "configs" / "sweep.yaml"))
+    shipped = (ROOT / "jobs" / "configs" / "first_sweep.yaml").read_text(encoding="utf-8")
+    assert first == yaml.safe_load(shipped)
+    assert first["sweep"]["trials"] == FEWEST_TRIALS, "the page tells the importance of settings"
 
 
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_commands_of_the_page_on_sweeps(tmp_path: Path) -> None:
     (tmp_path / "wiki").mkdir()
-    (commands,) = blocks("sweeps", "bash")
+    _, commands = blocks("sweeps", "bash")
     sweep, train = commands.splitlines()
     space = "'sweep.space={optim.lr: {loguniform: [0.001, 0.01]}}' sweep.trials=2 sweep.scheduler=asha"
     assert "best trial: " in run_in(tmp_path, f"{sweep} {space} sweep.grace_steps=6")

@@ -11,6 +11,7 @@ LAYERS = (
     (
         "moe_ray.errors",
         "moe_ray.section",
+        "moe_ray.explain",
         "moe_ray.presets",
         "moe_ray.durable",
         "moe_ray.model_config",

@@ -19,6 +19,7 @@ import yaml
 from cluster.head import Head, fetch
 from cluster.local import LocalCluster
 from cluster.processes import MARKER, find_marked
+from moe_ray.errors import ConfigError
 from tests.tiny import copy_corpus, tiny_settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,3 +289,10 @@ def _await(condition, seconds: float) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [-1, 0, 10**12])
+def test_no_number_of_cpus_is_refused(owned: list[Owned], number: int) -> None:
+    with pytest.raises(ConfigError, match=f"--num-cpus {number} is no number of CPUs.*1 to 1024"):
+        owned[0].cluster.start(number)
+    assert not owned[0].folder.exists()

@@ -13,8 +13,9 @@ import psutil
 import pytest
 import yaml
 
-from cluster.local import LocalCluster
-from cluster.nodes import NodePlan, running_nodes
+from cluster.local import ClusterError, LocalCluster
+from cluster.nodes import LocalNode, NodePlan, running_nodes
+from cluster.preempt import drain
 from cluster.processes import find_marked
 from moe_ray.errors import ConfigError
 from moe_ray.telemetry.run_log import read_metrics
@@ -127,16 +128,33 @@ def _refused(cluster: LocalCluster, command: str) -> str:
     [
         ({"cpu": (2, 1)}, "--nodes 2,1 is no range"),
         ({"cpu": (0, 0)}, "--nodes 0,0 leaves no node"),
-        ({"idle_seconds": float("nan")}, "must be positive"),
+        ({"idle_seconds": float("nan")}, "--idle-seconds nan must be positive"),
         ({"spot": (-1, 1)}, "--spot-nodes -1,1 is no range"),
-        ({"cpu": (3, 4), "spot": (2, 2)}, "--max-nodes 4 is fewer than the least of both"),
-        ({"cpus_per_node": 0}, "--cpus-per-node 0"),
+        ({"cpu": (3, 4), "spot": (2, 2), "most": 4}, "--max-nodes 4 is fewer than the least of both"),
+        ({"most": 0}, "--max-nodes 0 is fewer"),
+        ({"cpus_per_node": 0}, "--cpus-per-node 0 is no number of CPUs"),
+        ({"cpus_per_node": 10**12}, "--cpus-per-node 1000000000000 is no number of CPUs. Fix: use 1 to 1024."),
         ({"idle_seconds": 0.0}, "--idle-seconds 0"),
     ],
 )
 def test_wrong_numbers_of_nodes_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         NodePlan(**options)
+
+
+def test_without_a_limit_there_are_as_many_nodes_as_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "autoscaling.json"
+    for most, limit in ((None, 11), (5, 5)):
+        plan = NodePlan(cpu=(1, 8), spot=(0, 3), most=most)
+        plan.write(file, "127.0.0.1:1")
+        assert json.loads(file.read_text())["max_workers"] == limit
+        assert f"at most {limit}" in str(plan)
+
+
+def test_a_notice_that_the_cluster_does_not_take_is_one_line() -> None:
+    with pytest.raises(ClusterError, match=r"the notice for node nsuch, which stays: .*Invalid hex ID") as error:
+        drain(LocalNode("nonsuch", "spot", ()), {"RAY_ADDRESS": "127.0.0.1:1"}, 2)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.cluster

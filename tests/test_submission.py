@@ -95,3 +95,7 @@ def test_follow_says_how_it_is_called() -> None:
     assert done.returncode == 0
     assert "SUBMISSION_ID" in done.stdout
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60).returncode == 2
+    for id in ("", "..", "?a", "a/b"):
+        wrong = subprocess.run([*command, id], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert wrong.returncode == 2
+        assert wrong.stderr.startswith(f"error: {id!r} is no submission id.")

@@ -17,7 +17,9 @@ from moe_ray.config import Config, build_config, load_config
 from moe_ray.data.prepare import prepare
 from moe_ray.errors import ConfigError, StorageError, TrainingError
 from moe_ray.parallel.mesh import build_mesh
+from moe_ray.telemetry.records import is_number
 from moe_ray.telemetry.run_log import read_metrics
+from moe_ray.telemetry.samples import EVALUATED, RECORDED
 from moe_ray.training.loop import train
 from tests.tiny import copy_corpus, rank_main, run, tiny_settings
 from tests.worlds import kill_world, start_world
@@ -83,6 +85,8 @@ def test_metrics_say_what_happened(make_config: Callable[..., Config]) -> None:
     assert last["grad_norm"] > 0
     assert last["memory_bytes"] > 50e6
     assert last["val_perplexity_by_domain"]["code"] == pytest.approx(last["val_perplexity"])
+    of_first, of_last = ({name for name in record if is_number(record[name])} for record in (first, last))
+    assert (of_last, of_last - of_first) == (RECORDED, EVALUATED)
 
 
 def test_world_size_does_not_change_the_curve(make_config: Callable[..., Config]) -> None:

@@ -45,6 +45,23 @@ _BY_LAYER = {
     "moe_expert_routing_entropy": "routing_entropy_by_layer",
     "moe_expert_dead": "dead_experts_by_layer",
 }
+# Numbers of a record that only evaluations have, and all that a record may have.
+EVALUATED = frozenset({"val_loss", "val_perplexity"})
+RECORDED = frozenset(
+    {
+        *_NUMBERS.values(),
+        *(f"{phase}_seconds" for phase in PHASES),
+        *(
+            "load_cv",
+            "load_variance",
+            "load_max_over_mean",
+            "routing_entropy",
+            "router_confidence",
+            "router_margin",
+        ),
+        *("dead_experts", "overloaded_experts", "restore_seconds", "sample_checksum"),
+    }
+)
 
 
 class Sample(NamedTuple):

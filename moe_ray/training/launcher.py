@@ -22,7 +22,7 @@ from moe_ray.cpu import keep_freed_memory, set_threads
 from moe_ray.data.prepare import prepare
 from moe_ray.data.shards import read_index
 from moe_ray.data.share import obtain, share
-from moe_ray.errors import ConfigError
+from moe_ray.errors import ConfigError, TrainingError
 from moe_ray.models.hf.resolve import resolve_model
 from moe_ray.models.moe import make_router
 from moe_ray.parallel.mesh import build_mesh
@@ -119,6 +119,10 @@ def connect(parallel: ParallelConfig, *, log_to_driver: bool = True) -> None:
 
     Args:
         log_to_driver: print what processes of the cluster print.
+
+    Raises:
+        ConfigError: there is no cluster at RAY_ADDRESS.
+        TrainingError: Ray does not start.
     """
     if ray.is_initialized():
         return
@@ -128,25 +132,39 @@ def connect(parallel: ParallelConfig, *, log_to_driver: bool = True) -> None:
         return
     # Logical CPUs: more workers than cores are slow, not wrong.
     num_cpus = max(os.cpu_count() or 1, math.ceil(parallel.max_workers * parallel.cpus_per_worker))
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=True,
-        log_to_driver=log_to_driver,
-        logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
-    )
+    _logger.info("starting Ray on this machine")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=True,
+            log_to_driver=log_to_driver,
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+        )
+    # Ray raises bare exceptions here too, as when a busy machine takes too long.
+    except Exception as error:
+        raise TrainingError(
+            f"Ray did not start on this machine: {_first_line(error)}.",
+            "see that memory, processors and room for temporary files are left, and run the same command again.",
+        ) from error
 
 
 def _join(log_to_driver: bool) -> None:
     address = os.environ["RAY_ADDRESS"]
+    _logger.info("joining the cluster at %s", address)
     try:
         ray.init(log_to_driver=log_to_driver, logging_level=logging.WARNING)
     except (ValueError, ConnectionError) as error:
         raise ConfigError(
-            f"there is no cluster at RAY_ADDRESS={address!r}: {str(error).splitlines()[0].rstrip('.')}.",
+            f"there is no cluster at RAY_ADDRESS={address!r}: {_first_line(error)}.",
             "name one that runs, such as by `source runs/cluster/env`, or unset the variable.",
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
 
 
 def _warn_if_too_small(parallel: ParallelConfig) -> None:

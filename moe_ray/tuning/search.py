@@ -9,7 +9,7 @@ from moe_ray.errors import ConfigError
 from moe_ray.sweep_config import Dimension
 from moe_ray.tuning.auto.ladder import ladder_values
 from moe_ray.tuning.objective import score
-from moe_ray.tuning.space import Values, draw, grid_points, resolve, walk, with_configured
+from moe_ray.tuning.space import Values, contains, draw, grid_points, resolve, walk, with_configured
 from moe_ray.tuning.trials import Trial
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class OptunaSearch:
     def ask(self, number: int, given: Values | None = None) -> Values:
         """Values to try, or the given ones."""
         if given is not None:
-            if not all(_contains(self._config.sweep.space[name], value) for name, value in given.items()):
+            if not all(contains(self._config.sweep.space[name], value) for name, value in given.items()):
                 return given
             self._study.enqueue_trial(
                 {name: _encode(self._config.sweep.space[name], value) for name, value in given.items()}
@@ -128,12 +128,6 @@ class OptunaSearch:
         else:
             self._study.tell(asked, value)
         del self._asked[trial.number]
-
-
-def _contains(dimension: Dimension, value: Any) -> bool:
-    if dimension.bounds is None:
-        return value in (dimension.values or ())
-    return dimension.bounds[0] <= value <= dimension.bounds[1]
 
 
 def _encode(dimension: Dimension, value: Any) -> Any:

@@ -23,10 +23,11 @@ from moe_ray.training.cluster_view import count_slots
 from moe_ray.training.launcher import connect, with_absolute_storage
 from moe_ray.training.trainer import StopSwitch, stop_on_signals
 from moe_ray.tuning.board import Board
+from moe_ray.tuning.check import check_sweep
 from moe_ray.tuning.outcome import best_trial, write_outcome
 from moe_ray.tuning.population import run_population
 from moe_ray.tuning.search import Search
-from moe_ray.tuning.space import check_sweep, resolve
+from moe_ray.tuning.space import resolve
 from moe_ray.tuning.table import Table
 from moe_ray.tuning.trials import Status, Trial, damaged
 from moe_ray.tuning.tuner import Work, asha, run_trials

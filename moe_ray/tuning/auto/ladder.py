@@ -70,11 +70,11 @@ def check_auto(config: Config) -> None:
         ConfigError: a setting of sweeps has no meaning here, the model is given, or the budget is too small.
     """
     default, sweep = SweepConfig(), config.sweep
-    for name in ("space", "first", "metric", "mode", "constraints", "algorithm", "scheduler"):
-        if getattr(sweep, name) != getattr(default, name):
-            raise ConfigError(
-                f"sweep.{name}={getattr(sweep, name)!r} has no meaning with sweep.auto=true.", "leave it out."
-            )
+    for name in ("space", "first", "metric", "mode", "constraints", "algorithm", "scheduler", "mutate"):
+        value = getattr(sweep, name)
+        if value != getattr(default, name):
+            shown = f"={value!r}" if isinstance(value, str) else ""
+            raise ConfigError(f"sweep.{name}{shown} has no meaning with sweep.auto=true.", "leave it out.")
     if config.model.init_from or config.model.upcycle_from:
         raise ConfigError(
             "sweep.auto=true picks an architecture, and model.init_from or model.upcycle_from gives one.",

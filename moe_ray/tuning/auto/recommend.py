@@ -162,7 +162,7 @@ def model_flops(config: Config) -> float:
 def recommend(config: Config, ladder: Ladder) -> Recommendation:
     """The best model for what the ladder has left of the budget."""
     flops, law, spread = model_flops(config), ladder.law, np.random.default_rng(config.sweep.seed)
-    plans = candidates(config, ladder, flops)
+    plans = candidates(config, law, flops, ladder.shapes)
     loss_RM = np.exp(law.predict(points_of(config, plans)))
     chosen = int(loss_RM.mean(axis=0).argmin())
     plan = plans[chosen]
@@ -188,12 +188,8 @@ def recommend(config: Config, ladder: Ladder) -> Recommendation:
     return found
 
 
-def candidates(config: Config, ladder: Ladder, flops: float) -> list[Plan]:
-    """All architectures and batches for so many FLOPs, at the most probable best learning rate."""
-    return _trainings(config, ladder.law, flops, ladder.shapes)
-
-
-def _trainings(config: Config, law: Law, flops: float, choices: Sequence[Shape]) -> list[Plan]:
+def candidates(config: Config, law: Law, flops: float, choices: Sequence[Shape]) -> list[Plan]:
+    """Architectures with all batches for so many FLOPs, at the most probable best learning rate."""
     lr = float(np.exp(law.optimum(math.log(flops))[0].mean()))
     plans = [
         Plan(shape, lr, batch, steps_of(config, shape, flops, batch))
@@ -206,7 +202,7 @@ def _trainings(config: Config, law: Law, flops: float, choices: Sequence[Shape])
 def _configured(
     config: Config, law: Law, flops: float, chosen_R: np.ndarray
 ) -> tuple[Estimate | None, float | None]:
-    plans = _trainings(config, law, flops, [shape_of(config, {})])
+    plans = candidates(config, law, flops, [shape_of(config, {})])
     if not plans:
         return None, None
     loss_RM = np.exp(law.predict(points_of(config, plans)))

@@ -202,7 +202,7 @@ def _parameters(found: Recommendation) -> Part:
 
 def _by_width(config: Config, ladder: Ladder, flops: float) -> list[tuple[Plan, Estimate]]:
     """The best model of each width and its loss, the narrowest first."""
-    plans = candidates(config, ladder, flops)
+    plans = candidates(config, ladder.law, flops, ladder.shapes)
     loss_M = ladder.law.best(points_of(config, plans))
     best: dict[int, int] = {}
     for row, plan in enumerate(plans):

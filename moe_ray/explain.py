@@ -1,0 +1,127 @@
+"""What is told of a mistake in the settings: where it is, the value, what is allowed, and the nearest name."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeGuard, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from moe_ray.errors import ConfigError
+from moe_ray.section import Section
+
+_EXAMPLES = 6
+
+
+def explain(error: ValidationError, root: type[Section]) -> ConfigError:
+    """One line a problem, each with the nearest valid key or what is allowed.
+
+    Args:
+        root: what was validated, a section of sections.
+    """
+    # A field of several types has a problem for each: the one that came farthest into the value says most.
+    items: dict[str, tuple[_Place, ErrorDetails]] = {}
+    for item in error.errors(include_url=False):
+        place = _locate(root, item["loc"])
+        if place.name not in items or len(item["loc"]) > len(items[place.name][1]["loc"]):
+            items[place.name] = place, item
+    problems, fixes = zip(*(_told(root, place, item) for place, item in items.values()), strict=True)
+    return ConfigError(" ".join(problems), " ".join(fixes))
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """The name that was most likely meant."""
+    return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+
+
+def sections_of(root: type[Section]) -> Iterator[tuple[str, type[Section]]]:
+    """The sections of a section of sections, by name."""
+    for name, info in root.model_fields.items():
+        assert _is_section(info.annotation), name
+        yield name, info.annotation
+
+
+def names_of(root: type[Section]) -> Iterator[str]:
+    """Every valid `section.field`, after the section names themselves."""
+    yield from root.model_fields
+    for name, section in sections_of(root):
+        yield from (f"{name}.{field}" for field in section.model_fields)
+
+
+def type_name(annotation: Any) -> str:
+    """A type as people call it."""
+    if get_origin(annotation) is Annotated:
+        return type_name(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return "|".join(str(value) for value in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"list of {type_name(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "mapping to {1}".format(*map(type_name, get_args(annotation)))
+    if get_args(annotation):
+        return " or ".join(type_name(part) for part in get_args(annotation))
+    return {type(None): "null"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a mistake is.
+
+    Attributes:
+        name: of the setting, or of a key in its mapping.
+        kind: its type.
+        field: the setting; None if there is none of the name.
+        section: what it belongs to, by name and type.
+    """
+
+    name: str
+    kind: Any
+    field: FieldInfo | None
+    section: tuple[str, type[Section]]
+
+
+def _locate(root: type[Section], location: Sequence[str | int]) -> _Place:
+    """The setting at fault; what follows its name tells which of its types or items."""
+    kind: Any = root
+    names: list[str] = []
+    field, section = None, ("", root)
+    for key in map(str, location):
+        if get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+        elif _is_section(kind):
+            field, section = kind.model_fields.get(key), (".".join(names), kind)
+            kind = None if field is None else field.annotation
+        else:
+            break
+        names.append(key)
+    return _Place(".".join(names), kind, field, section)
+
+
+def _told(root: type[Section], place: _Place, item: ErrorDetails) -> tuple[str, str]:
+    """The problem and its fix."""
+    if item["type"] == "extra_forbidden":
+        prefix, section = place.section
+        own = [f"{prefix}.{field}" for field in section.model_fields]
+        # A setting is often looked for in the wrong section of the root.
+        meant = nearest(place.name, own if "." in prefix else list(names_of(root)))
+        return f"unknown setting {place.name!r}.", f"did you mean {meant!r}? --help lists all."
+    if item["type"] == "model_type":
+        fields = ", ".join(list(place.kind.model_fields)[:_EXAMPLES])
+        return (
+            f"{place.name}={item['input']!r} is not a section.",
+            f"write {place.name} as a mapping of fields such as {fields}.",
+        )
+    assert place.field is not None, item
+    # Of an item that is missing, the input is what should have it.
+    location = item["loc"][:-1] if item["type"] == "missing" else item["loc"]
+    where = place.name + "".join(f"[{part}]" for part in location if isinstance(part, int))
+    return (
+        f"{where}={item['input']!r} is not allowed: {item['msg'][0].lower()}{item['msg'][1:]}.",
+        f"{place.name} is {type_name(place.field.annotation)}: {place.field.description}.",
+    )
+
+
+def _is_section(kind: Any) -> TypeGuard[type[Section]]:
+    return isinstance(kind, type) and issubclass(kind, Section)

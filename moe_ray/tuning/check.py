@@ -1,0 +1,256 @@
+"""Mistakes in the settings of a sweep that show before any run begins."""
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from moe_ray.config import Config, check_setting
+from moe_ray.errors import ConfigError
+from moe_ray.explain import nearest
+from moe_ray.sweep_config import AutoConfig, Dimension, SweepConfig
+from moe_ray.telemetry.samples import EVALUATED, RECORDED
+from moe_ray.tuning.auto.ladder import check_auto
+from moe_ray.tuning.space import alternatives, contains, grid_points, mutable_settings, with_configured
+
+# Of the sweep, or without effect on training.
+_FIXED_SECTIONS = ("sweep", "serve", "telemetry")
+_FIXED = ("train.name", "train.storage", "train.steps", "train.until")
+_MUTABLE_MODEL_FIELDS = (
+    *("load_balancing_loss_weight", "router_z_loss_weight", "router_jitter"),
+    *("expert_bias_update_rate", "capacity_factor"),
+)
+# Of the way from one end of a range to the other: no whole number.
+_INSIDE = (math.sqrt(5) - 1) / 2
+
+
+def check_sweep(config: Config) -> None:
+    """Look for mistakes in `config.sweep` that show before any run begins.
+
+    Raises:
+        ConfigError: a setting of the space is unknown or never has one of its values, runs do not log a metric, or
+            algorithm, scheduler and space do not fit.
+    """
+    sweep = config.sweep
+    if sweep.auto:
+        check_auto(config)
+        return
+    for name in sorted(AutoConfig.model_fields):
+        _check_meaning(sweep, name, "sweep.auto=true")
+    _check_space(sweep.space)
+    for number, values in enumerate(sweep.first):
+        _check_first(config, f"sweep.first[{number}]", values)
+    _check_metric("sweep.metric", sweep.metric)
+    for bound in sweep.bounds:
+        _check_metric("sweep.constraints", bound.metric)
+    _check_algorithm(config)
+    _check_scheduler(config)
+
+
+def _check_meaning(sweep: SweepConfig, name: str, needed: str) -> None:
+    """What has an effect only beside another setting."""
+    value = getattr(sweep, name)
+    if value != SweepConfig.model_fields[name].default:
+        shown = list(value) if isinstance(value, tuple) else value
+        raise ConfigError(
+            f"sweep.{name}={shown!r} has no meaning without {needed}.", f"leave it out, or set {needed}."
+        )
+
+
+def _check_space(space: Mapping[str, Dimension]) -> None:
+    if not space:
+        raise ConfigError(
+            "sweep.space varies nothing.", "name settings, such as {optim.lr: {loguniform: [1.0e-4, 1.0e-2]}}."
+        )
+    known: list[str] = []
+    for name, dimension in space.items():
+        _check_dimension(name, dimension)
+        for other, wanted in dimension.when.items():
+            _check_condition(space, known, name, other)
+            if not alternatives(wanted):
+                raise ConfigError(
+                    f"sweep.space.{name}.when names no value of {other}, so that {name} would never be varied.",
+                    f"give the values of {other} with which it is varied, or leave {other} out.",
+                )
+            for value in alternatives(wanted):
+                _check_value(f"sweep.space.{name}.when", other, value)
+        known.append(name)
+
+
+def _check_dimension(name: str, dimension: Dimension) -> None:
+    if name.partition(".")[0] in _FIXED_SECTIONS or name in _FIXED:
+        raise ConfigError(
+            f"sweep.space varies {name}, which all trials have in common.",
+            "vary settings of model, data, parallel or optim, or others of train.",
+        )
+    values = dimension.values
+    if isinstance(values, range):
+        values = sorted({*values[:2], values[-1]})
+    if dimension.bounds is not None:
+        low, high = dimension.bounds
+        values = (low, high, low + _INSIDE * (high - low))
+    for value in values or ():
+        _check_value("sweep.space", name, value)
+
+
+def _check_condition(space: Mapping[str, Dimension], known: Iterable[str], name: str, other: str) -> None:
+    """A condition is met or not by settings that come before."""
+    if name == other:
+        raise ConfigError(f"sweep.space: {name} depends on itself.", f"leave {name} out of its `when`.")
+    if other not in space or other in known:
+        return
+    if name in _conditions(space, other):
+        raise ConfigError(
+            f"sweep.space: {name} and {other} depend on each other.",
+            "leave one of them out of the other's `when`.",
+        )
+    raise ConfigError(
+        f"sweep.space: {name} depends on {other}, which comes after it.", f"put {other} before {name}."
+    )
+
+
+def _conditions(space: Mapping[str, Dimension], name: str) -> set[str]:
+    """What a dimension depends on, and what that depends on, and so on."""
+    found, new = set(), [name]
+    while new:
+        of = space.get(new.pop())
+        added = set() if of is None else set(of.when) - found
+        found |= added
+        new += added
+    return found
+
+
+def _check_first(config: Config, where: str, values: Mapping[str, Any]) -> None:
+    space = config.sweep.space
+    for name, value in values.items():
+        if name not in space:
+            raise ConfigError(
+                f"{where} sets {name}, which is not in sweep.space.", f"did you mean {nearest(name, [*space])!r}?"
+            )
+        _check_value(where, name, value)
+        if not contains(space[name], value):
+            kind = space[name].kind
+            raise ConfigError(
+                f"{where}: {name}={value!r} is not in sweep.space, where it is {kind} "
+                f"{list(getattr(space[name], kind))}.",
+                "use a value from there, or widen that.",
+            )
+    for name in values.keys() - with_configured(config, values).keys():
+        raise ConfigError(
+            f"{where} sets {name}, which is varied only when {space[name].when}.",
+            f"leave {name} out, or set what it depends on.",
+        )
+
+
+def _check_value(where: str, name: str, value: Any) -> None:
+    try:
+        check_setting(name, value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.problem}", error.fix) from None
+
+
+def _check_metric(where: str, metric: str) -> None:
+    if metric not in RECORDED:
+        raise ConfigError(
+            f"{where} names {metric!r}, which no run logs.",
+            f"did you mean {nearest(metric, sorted(RECORDED))!r}? All are {', '.join(sorted(RECORDED))}.",
+        )
+
+
+def _check_algorithm(config: Config) -> None:
+    sweep = config.sweep
+    if sweep.algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise ConfigError(
+            "sweep.algorithm=optuna needs Optuna, which is not installed.", "pip install 'moe_ray[optuna]'."
+        )
+    if sweep.algorithm != "grid":
+        return
+    ranges = [name for name, dimension in sweep.space.items() if dimension.values is None]
+    if ranges:
+        raise ConfigError(
+            f"sweep.algorithm=grid cannot try all values of {', '.join(ranges)}.",
+            "give choice, grid or integers, or use sweep.algorithm=random.",
+        )
+    counts = {name: len(dimension.values or ()) for name, dimension in sweep.space.items()}
+    # What has too many values by itself cannot be counted out.
+    if max(counts.values()) > sweep.trials or len(sweep.first) + _count_points(config) > sweep.trials:
+        _refuse_grid(sweep, counts)
+
+
+def _count_points(config: Config) -> int:
+    """Of the grid, or one more than there may be trials."""
+    return sum(1 for _ in itertools.islice(grid_points(config), config.sweep.trials + 1))
+
+
+def _refuse_grid(sweep: SweepConfig, counts: Mapping[str, int]) -> None:
+    whole = math.prod(counts.values())
+    most = "up to " if any(dimension.when for dimension in sweep.space.values()) else ""
+    factors = ", ".join(f"{count:,} of {name}" for name, count in counts.items())
+    beside = f" beside {len(sweep.first)} of sweep.first" if sweep.first else ""
+    raise ConfigError(
+        f"the grid of sweep.space has {most}{whole:,} combinations ({factors}){beside}, more than "
+        f"sweep.trials={sweep.trials}.",
+        f"give fewer values, set sweep.trials={whole + len(sweep.first)}, or use sweep.algorithm=random.",
+    )
+
+
+def _check_scheduler(config: Config) -> None:
+    sweep, steps = config.sweep, config.train.steps
+    limits = {"asha": ("grace_steps", sweep.grace_steps), "pbt": ("perturb_steps", sweep.perturb_steps)}
+    if sweep.scheduler in limits:
+        name, value = limits[sweep.scheduler]
+        if value >= steps:
+            raise ConfigError(
+                f"sweep.{name}={value} is not less than train.steps={steps}.",
+                f"lower sweep.{name}, or use sweep.scheduler=none.",
+            )
+    if sweep.scheduler == "asha":
+        _check_evaluations(config)
+    if sweep.scheduler == "pbt":
+        _check_population(config)
+    else:
+        _check_meaning(sweep, "mutate", "sweep.scheduler=pbt")
+
+
+def _check_evaluations(config: Config) -> None:
+    """Trials are compared at `sweep.grace_steps`, where they must have been evaluated."""
+    sweep, every = config.sweep, config.train.eval_every
+    if sweep.metric in EVALUATED and sweep.grace_steps % every:
+        later = math.ceil(sweep.grace_steps / every) * every
+        raise ConfigError(
+            f"sweep.grace_steps={sweep.grace_steps} is no multiple of train.eval_every={every}: trials are not "
+            "evaluated at the step where the first may be ended.",
+            f"use train.eval_every={sweep.grace_steps}"
+            + (f", or sweep.grace_steps={later}." if later < config.train.steps else "."),
+        )
+
+
+def _check_population(config: Config) -> None:
+    sweep = config.sweep
+    if sweep.trials < 2:
+        raise ConfigError(
+            "sweep.trials=1 with sweep.scheduler=pbt leaves no other trial to take over from.",
+            "use at least 2, better 8, or sweep.scheduler=none.",
+        )
+    if unknown := [name for name in sweep.mutate if name not in sweep.space]:
+        raise ConfigError(f"sweep.mutate names {unknown[0]!r}, which is not in sweep.space.", "add it there.")
+    fixed = [name for name in mutable_settings(config) if not _is_mutable(name)]
+    if not fixed:
+        return
+    allowed = ", ".join(["optim.*", *(f"model.{field}" for field in _MUTABLE_MODEL_FIELDS)])
+    rest = [name for name in sweep.space if _is_mutable(name)]
+    if sweep.mutate:
+        fix = f"leave it out of sweep.mutate, which may name {allowed}."
+    elif rest:
+        fix = f"name what may change: sweep.mutate=[{', '.join(rest)}]."
+    else:
+        fix = f"vary a setting that can, one of {allowed}, and name it in sweep.mutate."
+    raise ConfigError(
+        f"{', '.join(fixed)} cannot change in mid-run: a checkpoint would not fit, or mean something else.", fix
+    )
+
+
+def _is_mutable(name: str) -> bool:
+    section, _, field = name.partition(".")
+    return section == "optim" or (section == "model" and field in _MUTABLE_MODEL_FIELDS)
