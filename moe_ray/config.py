@@ -386,20 +386,24 @@ def build_config(tree: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
         raise explain(error, Config) from None
 
 
-def check_setting(name: str, value: Any) -> None:
+def check_setting(name: str, value: Any) -> Any:
     """Say whether `section.field` may have this value, whatever the other settings are.
+
+    Returns:
+        The value as it is read; as given if it is impossible beside the defaults.
 
     Raises:
         ConfigError: it is unknown or never has this value.
     """
     section, _, field = name.partition(".")
     try:
-        Config.model_validate({section: {field: value} if field else value})
+        found = Config.model_validate({section: {field: value} if field else value})
     except ValidationError as error:
         raise explain(error, Config) from None
     except ConfigError:
-        # Impossible beside the defaults; others may make it possible.
-        return
+        # Others may make it possible.
+        return value
+    return getattr(getattr(found, section), field) if field else getattr(found, section)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

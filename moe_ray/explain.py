@@ -3,7 +3,8 @@
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeGuard, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
@@ -87,11 +88,12 @@ def _locate(root: type[Section], location: Sequence[str | int]) -> _Place:
     kind: Any = root
     names: list[str] = []
     field, section = None, ("", root)
-    for key in map(str, location):
+    for key in (str(part) for part in location if part != "[key]"):
+        inner = _section_in(kind)
         if get_origin(kind) is dict:
             kind = get_args(kind)[1]
-        elif _is_section(kind):
-            field, section = kind.model_fields.get(key), (".".join(names), kind)
+        elif inner is not None:
+            field, section = inner.model_fields.get(key), (".".join(names), inner)
             kind = None if field is None else field.annotation
         else:
             break
@@ -101,14 +103,20 @@ def _locate(root: type[Section], location: Sequence[str | int]) -> _Place:
 
 def _told(root: type[Section], place: _Place, item: ErrorDetails) -> tuple[str, str]:
     """The problem and its fix."""
+    if item["type"] == "invalid_key" or item["loc"][-1] == "[key]":
+        return (
+            f"{place.name}: the name {item['input']!r} is no text.",
+            "put it in quotes, or use the name of a setting.",
+        )
     if item["type"] == "extra_forbidden":
         prefix, section = place.section
         own = [f"{prefix}.{field}" for field in section.model_fields]
         # A setting is often looked for in the wrong section of the root.
         meant = nearest(place.name, own if "." in prefix else list(names_of(root)))
         return f"unknown setting {place.name!r}.", f"did you mean {meant!r}? --help lists all."
-    if item["type"] == "model_type":
-        fields = ", ".join(list(place.kind.model_fields)[:_EXAMPLES])
+    inner = _section_in(place.kind)
+    if item["type"] == "model_type" and inner is not None:
+        fields = ", ".join(list(inner.model_fields)[:_EXAMPLES])
         return (
             f"{place.name}={item['input']!r} is not a section.",
             f"write {place.name} as a mapping of fields such as {fields}.",
@@ -121,6 +129,12 @@ def _told(root: type[Section], place: _Place, item: ErrorDetails) -> tuple[str, 
         f"{where}={item['input']!r} is not allowed: {item['msg'][0].lower()}{item['msg'][1:]}.",
         f"{place.name} is {type_name(place.field.annotation)}: {place.field.description}.",
     )
+
+
+def _section_in(kind: Any) -> type[Section] | None:
+    """The section that a type is, or may be."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return next((kind for kind in kinds if _is_section(kind)), None)
 
 
 def _is_section(kind: Any) -> TypeGuard[type[Section]]:

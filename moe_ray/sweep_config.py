@@ -138,8 +138,10 @@ class SweepConfig(AutoConfig):
     )
     seed: NonNegativeInt = Field(0, description="of the values tried; that of the runs is train.seed")
     retries: NonNegativeInt = Field(1, description="how often a failed trial is tried again")
-    grace_steps: PositiveInt = Field(
-        200, description="asha: steps before the first trial may be ended, a multiple of train.eval_every"
+    grace_steps: PositiveInt | None = Field(
+        None,
+        description="asha: steps before the first trial may be ended, a multiple of train.eval_every; "
+        "default: the first evaluation",
     )
     reduction_factor: Annotated[int, Field(ge=2, le=64)] = Field(
         3, description="asha: one of so many trials goes on at grace_steps and at each multiple by this factor"

@@ -120,3 +120,17 @@ def test_jobs_print_help() -> None:
     result = subprocess.run([sys.executable, "jobs/train.py", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert "model.top_k  (int, default 2)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"model": {"rope_scaling": "linear"}}, "model.rope_scaling='linear' is not a section.*type, factor"),
+        ({1: {}}, "the name 1 is no text"),
+        ({"model": {1: 2}}, "model.1: the name 1 is no text"),
+        ({"sweep": {"space": {True: {"choice": [1]}}}}, "the name True is no text.*put it in quotes"),
+    ],
+)
+def test_names_are_text_and_sections_are_mappings(tree: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config(tree)

@@ -62,7 +62,7 @@ def test_a_dimension_is_named_with_its_value_and_what_it_may_be(dimension: Any, 
     [
         ({}, "sweep.space varies nothing"),
         ({"optim.lrr": {"choice": [1]}}, r"unknown setting 'optim.lrr'.*did you mean 'optim.lr'"),
-        ({"optim": {"choice": [1]}}, "optim=1 is not a section"),
+        ({"optim": {"choice": [1]}}, "names 'optim', a whole section"),
         ({"model.top_k": {"choice": [1, 9]}}, r"sweep.space: model.top_k=9 .*8"),
         ({"model.top_k": {"uniform": [1, 4]}}, r"model.top_k=2.8.*integer"),
         ({"train.name": {"choice": ["a"]}}, "train.name, which all trials have in common"),
@@ -131,8 +131,7 @@ def test_first_trials_are_of_the_space(first: dict[str, Any], message: str) -> N
 
 
 def test_first_trials_may_have_any_value_of_the_space() -> None:
-    # YAML reads 1e-4 as text.
-    first = [{}, {"optim.lr": "1e-4", "model.top_k": 4}, {"model.score_func": "sigmoid", "model.route_scale": 1}]
+    first = [{}, {"optim.lr": 1e-4, "model.top_k": 4}, {"model.score_func": "sigmoid", "model.route_scale": 1}]
     check_sweep(build_config({"sweep": {"space": LR | SIZES | SIGMOID, "first": first}}))
 
 
@@ -166,7 +165,7 @@ def test_bounds_may_meet() -> None:
         (
             SIZES,
             {"algorithm": "grid", "trials": 6, "first": [{}]},
-            r"6 combinations \(2 of model.num_experts, 3 of model.top_k\) beside 1 .*trials=6.*set sweep.trials=7",
+            r"6 combinations \(2 of model.num_experts, 3 of model.top_k\) beside 1 .*trials=6.*raise sweep.trials",
         ),
         (
             SIZES | {"optim.eps": {"choice": [1, 2], "when": {"model.top_k": 4}}},
@@ -193,7 +192,12 @@ def test_algorithm_scheduler_and_space_fit(space: dict[str, Any], settings: dict
     [
         ([], None),
         (["train.eval_every=50", "sweep.metric=loss", "sweep.grace_steps=70"], None),
-        (["train.eval_every=2000"], "no multiple of train.eval_every=2000.*use train.eval_every=200."),
+        (["train.eval_every=30"], None),
+        (["train.eval_every=1000"], "train.eval_every=1000 is not less than train.steps=1000"),
+        (
+            ["sweep.grace_steps=700", "train.eval_every=600"],
+            "no multiple of train.eval_every=600.*use train.eval_every=700.",
+        ),
     ],
 )
 def test_trials_are_evaluated_before_the_first_is_ended(overrides: list[str], message: str | None) -> None:
@@ -204,3 +208,22 @@ def test_trials_are_evaluated_before_the_first_is_ended(overrides: list[str], me
     with pytest.raises(ConfigError, match=message) as error:
         check_sweep(config)
     assert not re.search("sweep.grace_steps=.*sweep.grace_steps", str(error.value)), "that is after the last step"
+
+
+@pytest.mark.parametrize(
+    ("space", "first"),
+    [
+        ({"optim.lr": {"choice": ["1e-3", 1e-2]}}, []),
+        (LR, [{"optim.lr": "1e-3"}]),
+        (SIZES | {"optim.eps": {"choice": [1, 2], "when": {"model.top_k": "4"}}}, []),
+    ],
+)
+def test_a_text_is_no_number(space: dict[str, Any], first: list[dict[str, Any]]) -> None:
+    refused(space, r"is text.*write (0.001|4); YAML takes 1\.0e-3 for a number", first=first)
+
+
+def test_what_has_no_meaning_for_trials_is_refused() -> None:
+    refused(LR, "sweep.first has 3 trials, more than sweep.trials=2", first=[{}] * 3, trials=2)
+    config = build_config({"sweep": {"space": LR}, "train": {"until": 100}})
+    with pytest.raises(ConfigError, match=r"train\.until=100 has no meaning in a sweep"):
+        check_sweep(config)

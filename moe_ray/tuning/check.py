@@ -12,7 +12,14 @@ from moe_ray.explain import nearest
 from moe_ray.sweep_config import AutoConfig, Dimension, SweepConfig
 from moe_ray.telemetry.samples import EVALUATED, RECORDED
 from moe_ray.tuning.auto.ladder import check_auto
-from moe_ray.tuning.space import alternatives, contains, grid_points, mutable_settings, with_configured
+from moe_ray.tuning.space import (
+    alternatives,
+    contains,
+    grace_steps,
+    grid_points,
+    mutable_settings,
+    with_configured,
+)
 
 # Of the sweep, or without effect on training.
 _FIXED_SECTIONS = ("sweep", "serve", "telemetry")
@@ -38,7 +45,16 @@ def check_sweep(config: Config) -> None:
         return
     for name in sorted(AutoConfig.model_fields):
         _check_meaning(sweep, name, "sweep.auto=true")
+    if config.train.until is not None:
+        raise ConfigError(
+            f"train.until={config.train.until} has no meaning in a sweep, whose trials end at train.steps.",
+            "leave it out.",
+        )
     _check_space(sweep.space)
+    if len(sweep.first) > sweep.trials:
+        raise ConfigError(
+            f"sweep.first has {len(sweep.first)} trials, more than sweep.trials={sweep.trials}.", "raise that."
+        )
     for number, values in enumerate(sweep.first):
         _check_first(config, f"sweep.first[{number}]", values)
     _check_metric("sweep.metric", sweep.metric)
@@ -144,10 +160,19 @@ def _check_first(config: Config, where: str, values: Mapping[str, Any]) -> None:
 
 
 def _check_value(where: str, name: str, value: Any) -> None:
+    section, _, field = name.partition(".")
+    if section in Config.model_fields and not field:
+        raise ConfigError(f"{where} names {name!r}, a whole section.", f"name its settings, such as {name}.FIELD.")
     try:
-        check_setting(name, value)
+        read = check_setting(name, value)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.problem}", error.fix) from None
+    # Values are compared as they are written.
+    if isinstance(value, str) and not isinstance(read, str):
+        raise ConfigError(
+            f"{where}: {name}={value!r} is text.",
+            f"write {read!r}; YAML takes 1.0e-3 for a number and 1e-3 for a text.",
+        )
 
 
 def _check_metric(where: str, metric: str) -> None:
@@ -191,19 +216,20 @@ def _refuse_grid(sweep: SweepConfig, counts: Mapping[str, int]) -> None:
     raise ConfigError(
         f"the grid of sweep.space has {most}{whole:,} combinations ({factors}){beside}, more than "
         f"sweep.trials={sweep.trials}.",
-        f"give fewer values, set sweep.trials={whole + len(sweep.first)}, or use sweep.algorithm=random.",
+        "give fewer values, raise sweep.trials, or use sweep.algorithm=random.",
     )
 
 
 def _check_scheduler(config: Config) -> None:
     sweep, steps = config.sweep, config.train.steps
-    limits = {"asha": ("grace_steps", sweep.grace_steps), "pbt": ("perturb_steps", sweep.perturb_steps)}
+    grace = "train.eval_every" if sweep.grace_steps is None else "sweep.grace_steps"
+    limits = {"asha": (grace, grace_steps(config)), "pbt": ("sweep.perturb_steps", sweep.perturb_steps)}
     if sweep.scheduler in limits:
         name, value = limits[sweep.scheduler]
         if value >= steps:
             raise ConfigError(
-                f"sweep.{name}={value} is not less than train.steps={steps}.",
-                f"lower sweep.{name}, or use sweep.scheduler=none.",
+                f"{name}={value} is not less than train.steps={steps}: {sweep.scheduler} would compare no trials.",
+                f"lower {name}, or use sweep.scheduler=none.",
             )
     if sweep.scheduler == "asha":
         _check_evaluations(config)
@@ -216,13 +242,13 @@ def _check_scheduler(config: Config) -> None:
 def _check_evaluations(config: Config) -> None:
     """Trials are compared at `sweep.grace_steps`, where they must have been evaluated."""
     sweep, every = config.sweep, config.train.eval_every
-    if sweep.metric in EVALUATED and sweep.grace_steps % every:
+    if sweep.grace_steps is not None and sweep.metric in EVALUATED and sweep.grace_steps % every:
         later = math.ceil(sweep.grace_steps / every) * every
         raise ConfigError(
             f"sweep.grace_steps={sweep.grace_steps} is no multiple of train.eval_every={every}: trials are not "
             "evaluated at the step where the first may be ended.",
-            f"use train.eval_every={sweep.grace_steps}"
-            + (f", or sweep.grace_steps={later}." if later < config.train.steps else "."),
+            (f"use sweep.grace_steps={later}, or " if later < config.train.steps else "use ")
+            + f"train.eval_every={sweep.grace_steps}.",
         )
 
 

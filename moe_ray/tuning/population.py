@@ -104,6 +104,9 @@ def perturb(config: Config, values: Mapping[str, Any], generator: random.Random)
 
 def _near(dimension: Dimension, value: Any, generator: random.Random) -> Any:
     if dimension.bounds is not None:
+        # The configured value of a first trial may be null.
+        if not isinstance(value, int | float):
+            return draw_value(dimension, generator)
         low, high = dimension.bounds
         return min(high, max(low, value * generator.choice(_FACTORS)))
     values = dimension.values or ()

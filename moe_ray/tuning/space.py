@@ -21,6 +21,11 @@ def mutable_settings(config: Config) -> tuple[str, ...]:
     return config.sweep.mutate or tuple(config.sweep.space)
 
 
+def grace_steps(config: Config) -> int:
+    """Steps before ASHA may end the first trial."""
+    return config.sweep.grace_steps or config.train.eval_every
+
+
 def draw(config: Config, number: int) -> Values:
     """Values of a trial of a random search: a function of `sweep.seed` and the trial's number alone."""
     generator = random.Random(f"{config.sweep.seed}/{number}")  # nosec B311

@@ -36,6 +36,8 @@ SETTINGS = "sweep.yaml"
 _PUBLISH_SECONDS = 60.0
 # What may change when a sweep goes on.
 _FREE = {"sweep": {"trials", "concurrent", "retries"}, "telemetry": None, "serve": None}
+# What has an effect with one scheduler alone.
+_OF_SCHEDULERS = {"grace_steps": "asha", "reduction_factor": "asha", "perturb_steps": "pbt"}
 
 
 def run_sweep(config: Config) -> Board:
@@ -160,6 +162,8 @@ def _check_unchanged(config: Config, storage: Storage) -> None:
             free = {"concurrent", "retries"}
         if free is None:
             continue
+        if section == "sweep":
+            free = free | {name for name, of in _OF_SCHEDULERS.items() if config.sweep.scheduler != of}
         for name, value in fields.items():
             if value != then[section][name] and name not in free:
                 raise ConfigError(

@@ -15,10 +15,10 @@ from ray.tune.search import Searcher
 
 from moe_ray.config import Config
 from moe_ray.errors import ConfigError, UserError
-from moe_ray.sweep_config import SweepConfig
 from moe_ray.training.trainer import StopSwitch
 from moe_ray.tuning.board import Board
 from moe_ray.tuning.objective import score
+from moe_ray.tuning.space import grace_steps
 from moe_ray.tuning.trial_run import TrialRun
 from moe_ray.tuning.trials import Trial
 
@@ -95,7 +95,7 @@ def asha(config: Config, past: Mapping[int, list[dict[str, Any]]]) -> FIFOSchedu
     Args:
         past: records of the runs of trials that have ended, by number: what they reached counts at each rung.
     """
-    scheduler = _Asha(config.sweep, config.train.steps)
+    scheduler = _Asha(config)
     for number, records in past.items():
         trial: Any = SimpleNamespace(trial_id=f"past-{number}")
         scheduler.on_trial_add(None, trial)  # ty: ignore
@@ -105,13 +105,14 @@ def asha(config: Config, past: Mapping[int, list[dict[str, Any]]]) -> FIFOSchedu
 
 
 class _Asha(ASHAScheduler):
-    def __init__(self, sweep: SweepConfig, steps: int) -> None:
+    def __init__(self, config: Config) -> None:
+        sweep = config.sweep
         super().__init__(
             time_attr="step",
             metric="score",
             mode="min",
-            max_t=steps,
-            grace_period=sweep.grace_steps,
+            max_t=config.train.steps,
+            grace_period=grace_steps(config),
             reduction_factor=sweep.reduction_factor,
             stop_last_trials=False,
         )

@@ -45,7 +45,7 @@ def _best(sweep: Sweep, best: Trial) -> str:
     if sweep.configured is None:
         return told
     if base is None:
-        return f"{told} None ran as configured, to compare it with: sweep.first=[{{}}] adds one."
+        return f"{told} None ran as configured, to compare it with: sweep.first=[{{}}] of another sweep adds one."
     if base == best:
         return f"{told} It is the configuration as it stands."
     value, known = sweep.objective(base), sweep.objective(best)
