@@ -79,7 +79,9 @@ def test_levels_by_module(capsys: pytest.CaptureFixture[str]) -> None:
     assert [line.rpartition(": ")[2] for line in said(capsys)] == ["seen"]
     with pytest.raises(ConfigError, match="names 'urllib3', which is no module of moe_ray"):
         build_config({}, ["telemetry.log_levels={urllib3: debug}"])
-    with pytest.raises(ConfigError, match=r"telemetry.log_levels.moe_ray.test is mapping to debug\|info\|warning\|error"):
+    with pytest.raises(
+        ConfigError, match=r"telemetry.log_levels.moe_ray.test is mapping to debug\|info\|warning\|error"
+    ):
         build_config({}, ["telemetry.log_levels={moe_ray.test: loud}"])
 
 
