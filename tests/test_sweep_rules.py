@@ -13,13 +13,13 @@ from rich.console import Console
 
 from moe_ray.checkpoint.catalog import is_whole, list_steps, read_step
 from moe_ray.checkpoint.fork import fork
-from moe_ray.config import Config, build_config
-from moe_ray.errors import CheckpointError
+from moe_ray.config import Config, build_config, to_yaml
+from moe_ray.errors import CheckpointError, ConfigError
 from moe_ray.storage import open_storage
 from moe_ray.telemetry.run_log import METRICS, read_metrics
 from moe_ray.tuning.board import Board
 from moe_ray.tuning.population import perturb, plan
-from moe_ray.tuning.sweep import sweep_samples
+from moe_ray.tuning.sweep import SETTINGS, run_sweep, sweep_samples
 from moe_ray.tuning.table import Table
 from moe_ray.tuning.trials import Trial, read_trials
 from moe_ray.tuning.tuner import asha
@@ -87,6 +87,8 @@ def test_changes_stay_in_the_space_and_leave_out_what_must_not_change() -> None:
     near = [perturb(config, {"optim.lr": 0.09, "optim.beta1": 0.9}, generator) for _ in range(50)]
     assert {values["optim.lr"] for values in near} == {0.09 * 0.8, 0.1}
     assert {values["optim.beta1"] for values in near} == {0.8, 0.9}
+    # A first trial may have a configured value that is null.
+    assert 1e-3 <= perturb(config, {"optim.lr": None}, generator)["optim.lr"] <= 1e-1
     drawn = perturb(sweep_of(scheduler="pbt", resample_probability=1.0, mutate=["optim.lr"]), near[0], generator)
     assert drawn["optim.lr"] not in (0.09 * 0.8, 0.1)
     assert drawn["optim.beta1"] == near[0]["optim.beta1"]
@@ -135,9 +137,34 @@ def test_a_log_gets_a_line_for_each_change_and_the_table_at_the_end(tmp_path: Pa
     with Table(board, Console(file=text, width=120)) as table:
         board.put(replace(board.trials[1], status="failed", reason="no\nroom"))
         table.update()
-    assert (
-        "trial 1 failed at step 9, val_loss 4: optim.lr=0.01, optim.beta1=0.8 (no room)" in capsys.readouterr().out
-    )
+        # Sooner than the table looks again.
+        board.put(replace(board.trials[2], status="finished"))
+    said = capsys.readouterr().out
+    assert "trial 2 finished at step" in said
+    assert "trial 1 failed at step 9, val_loss 4: optim.lr=0.01, optim.beta1=0.8 (no room)" in said
     lines = text.getvalue().splitlines()
-    assert lines[0].strip() == "s: 1 failed, 2 pending; 27 steps"
+    assert lines[0].strip() == "s: 1 failed, 1 finished, 1 pending; 27 steps"
     assert [line.split("│")[1].strip() for line in lines[4:-1]] == ["2", "0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "changed", "message"),
+    [
+        ("none", {"grace_steps": 9, "reduction_factor": 4, "perturb_steps": 9}, "no cluster at RAY_ADDRESS"),
+        ("asha", {"perturb_steps": 9}, "no cluster at RAY_ADDRESS"),
+        ("asha", {"grace_steps": 9}, r"sweep.grace_steps=9 differs from the sweep .* which has 3"),
+        ("pbt", {"perturb_steps": 9}, r"sweep.perturb_steps=9 differs from the sweep"),
+    ],
+)
+def test_a_sweep_goes_on_with_other_settings_if_they_have_no_effect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheduler: str, changed: dict[str, int], message: str
+) -> None:
+    # It goes on as far as its cluster.
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    steps = {"grace_steps": 3, "perturb_steps": 3}
+    train = [f"train.storage={tmp_path}", "train.eval_every=3"]
+    before = build_config(sweep_of(scheduler=scheduler, **steps).model_dump(mode="json"), train)
+    now = build_config(sweep_of(scheduler=scheduler, **steps | changed).model_dump(mode="json"), train)
+    open_storage(before.train.run_uri).write(SETTINGS, to_yaml(before).encode())
+    with pytest.raises(ConfigError, match=message):
+        run_sweep(now)

@@ -1,6 +1,5 @@
 """The search space of a sweep: what is drawn from it, and the settings that a draw means."""
 
-import contextlib
 import itertools
 import json
 import math
@@ -50,9 +49,7 @@ def contains(dimension: Dimension, value: Any) -> bool:
     """Whether a dimension can give a value that its setting may have."""
     if dimension.bounds is not None:
         low, high = dimension.bounds
-        with contextlib.suppress(TypeError, ValueError):
-            return low <= float(value) <= high
-        return False
+        return isinstance(value, int | float) and low <= value <= high
     # A range looks for what is no `int` one by one.
     is_range = dimension.integers is not None
     return (isinstance(value, int) or not is_range) and value in (dimension.values or ())

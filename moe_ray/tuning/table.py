@@ -39,6 +39,7 @@ class Table:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
+        self._print_changes()
         self._console.print(table(self._board, len(self._board.trials)))
 
     def update(self) -> None:
@@ -48,6 +49,11 @@ class Table:
         self._drawn_at = time.monotonic()
         if self._console.is_terminal:
             self._live.update(table(self._board, _MOST_ROWS), refresh=True)
+        self._print_changes()
+
+    def _print_changes(self) -> None:
+        """The lines of a log."""
+        if self._console.is_terminal:
             return
         for number, trial in sorted(self._board.trials.items()):
             if self._said.get(number) != trial.status:
