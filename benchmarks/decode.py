@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_contestants import MODEL
+from decode_contestants import MODEL, make_prompts
 
 from moe_ray.config import ModelConfig
 from moe_ray.models.hf.save import save_folder
@@ -128,12 +128,7 @@ def measure(arguments: argparse.Namespace) -> dict[tuple[str, int], list[dict[st
         contestants = {name: Contestant(name, str(folder), arguments) for name in arguments.only}
         for number in range(arguments.rounds + 1):
             for batch in arguments.batches:
-                job = {
-                    "batch": batch,
-                    "prompt": arguments.prompt,
-                    "new": arguments.new,
-                    "seed": 1000 * batch + number,
-                }
+                job = {"new": arguments.new, **prompts_of(arguments, batch, number)}
                 for name, contestant in contestants.items():
                     result = contestant.run(name, **job)
                     seconds = result["prefill"], result["total"]
@@ -150,9 +145,14 @@ def measure(arguments: argparse.Namespace) -> dict[tuple[str, int], list[dict[st
     return results
 
 
-def check_tokens(results: dict[tuple[str, int], list[dict[str, Any]]], batches: list[int]) -> None:
-    """Say how many texts of all contestants in float32 are equal."""
-    for batch in batches:
+def prompts_of(arguments: argparse.Namespace, batch: int, number: int) -> dict[str, int]:
+    """What the prompts of a round are made from."""
+    return {"seed": 1000 * batch + number, "batch": batch, "prompt": arguments.prompt}
+
+
+def check_tokens(results: dict[tuple[str, int], list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
+    """Say how many texts of all contestants in float32 are equal, and by how little others were decided."""
+    for batch in arguments.batches:
         exact = [rounds for (name, b), rounds in results.items() if b == batch and name.endswith("float32")]
         texts = [[text for result in rounds for text in result["tokens"]] for rounds in exact]
         if texts:
@@ -160,6 +160,25 @@ def check_tokens(results: dict[tuple[str, int], list[dict[str, Any]]], batches: 
             print(
                 f"batch {batch}: {same} of {len(texts[0])} texts of {len(texts)} contestants in float32 are equal"
             )
+            prompts = [
+                prompt
+                for number in range(1, arguments.rounds + 1)
+                for prompt in make_prompts(**prompts_of(arguments, batch, number))[0]
+            ]
+            for prompt, text, *others in zip(prompts, *texts, strict=True):
+                for other in others:
+                    if other != text:
+                        print(f"  one differs where two logits are {logit_gap(prompt, text, other):.1e} apart")
+
+
+@torch.inference_mode()
+def logit_gap(prompt: list[int], text: list[int], other: list[int]) -> float:
+    """How far the logits of the first two tokens that differ are apart, in torch."""
+    place = next(index for index, (one, two) in enumerate(zip(text, other, strict=True)) if one != two)
+    model = build_model(CONFIG, seed=0).eval()
+    hidden_BSD = model(torch.tensor([prompt + text[:place]])).hidden_BSD
+    logits_V = model.logits(hidden_BSD[0, -1])
+    return abs(logits_V[text[place]] - logits_V[other[place]]).item()
 
 
 def report(
@@ -215,7 +234,7 @@ def main() -> None:
     if not arguments.vllm:
         arguments.only = [name for name in arguments.only if not name.startswith("vllm")]
     results = measure(arguments)
-    check_tokens(results, arguments.batches)
+    check_tokens(results, arguments)
     rows = report(results, arguments)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     environment = {"torch": torch.__version__, "threads": arguments.threads}

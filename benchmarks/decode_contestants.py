@@ -118,6 +118,15 @@ def vllm(folder: str, dtype: str, *_: str) -> Generate:
     return generate
 
 
+def make_prompts(seed: int, batch: int, prompt: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts of texts to be timed, and others of the same shape."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    prompts, others = (torch.randint(1, VOCAB, (batch, prompt), generator=generator).tolist() for _ in range(2))
+    return prompts, others
+
+
 def main() -> None:
     """Serve jobs until the input ends."""
     parser = argparse.ArgumentParser()
@@ -132,9 +141,7 @@ def main() -> None:
     print("RESULT ready", flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        generator = torch.Generator().manual_seed(job["seed"])
-        shape = (job["batch"], job["prompt"])
-        prompts, others = (torch.randint(1, VOCAB, shape, generator=generator).tolist() for _ in range(2))
+        prompts, others = make_prompts(**{name: job[name] for name in ("seed", "batch", "prompt")})
         start = time.perf_counter()
         generate(others, 1)
         prefilled = time.perf_counter()

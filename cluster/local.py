@@ -240,7 +240,8 @@ class LocalCluster:
 
 def _reason(log: str) -> str:
     """What the log of `ray start` gives as the cause: the line after its complaint, else its last one."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", log).strip().splitlines() or ["it said nothing"]
+    said = (line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", log).splitlines())
+    lines = [line for line in said if line] or ["it said nothing"]
     marks = [number for number, line in enumerate(lines[:-1]) if line.endswith("exited unexpectedly:")]
     return (lines[marks[-1] + 1] if marks else lines[-1]).rpartition(" -- ")[2]
 

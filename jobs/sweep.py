@@ -26,6 +26,7 @@ def main(config: Config) -> None:
     check_sweep(config)
     # Here, so that a mistake in the settings is answered before torch and Ray are imported.
     from moe_ray.tuning.outcome import AUTO, BEST, best_trial
+    from moe_ray.tuning.report.build import SWEEP_PAGE
     from moe_ray.tuning.sweep import run_sweep
 
     setup_logging(config.telemetry, run=config.train.name)
@@ -45,6 +46,7 @@ def main(config: Config) -> None:
         print(f"best trial: {best.number}, {config.sweep.metric} {best.metrics[config.sweep.metric]:.4f}")
     print(f"sweep directory: {board.storage.uri}")
     print(f"best settings: {board.storage.uri}/{BEST}")
+    print(f"page: {board.storage.uri}/{SWEEP_PAGE}")
 
 
 if __name__ == "__main__":

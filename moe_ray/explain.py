@@ -33,7 +33,11 @@ def explain(error: ValidationError, root: type[Section]) -> ConfigError:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """The name that was most likely meant."""
+    """The name that was most likely meant: that of its initials, else the most alike."""
+    section, dot, words = name.rpartition(".")
+    initials = section + dot + "".join(word[:1] for word in words.split("_"))
+    if "_" in words and initials in names:
+        return initials
     return difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
 
 
@@ -126,9 +130,15 @@ def _told(root: type[Section], place: _Place, item: ErrorDetails) -> tuple[str, 
     location = item["loc"][:-1] if item["type"] == "missing" else item["loc"]
     where = place.name + "".join(f"[{part}]" for part in location if isinstance(part, int))
     return (
-        f"{where}={item['input']!r} is not allowed: {item['msg'][0].lower()}{item['msg'][1:]}.",
+        f"{where}={item['input']!r} is not allowed: {_in_yaml(item['msg'])}.",
         f"{place.name} is {type_name(place.field.annotation)}: {place.field.description}.",
     )
+
+
+def _in_yaml(message: str) -> str:
+    """What pydantic says, in the words of YAML."""
+    words = message.replace("dictionary", "mapping").replace("valid tuple", "list")
+    return words[0].lower() + words[1:]
 
 
 def _section_in(kind: Any) -> type[Section] | None:

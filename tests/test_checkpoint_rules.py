@@ -19,13 +19,14 @@ from moe_ray.checkpoint.snapshot import take_snapshot
 from moe_ray.checkpoint.writer import CheckpointWriter, Origin, Outcome
 from moe_ray.config import Config, build_config
 from moe_ray.data.prepare import prepare
-from moe_ray.errors import StorageError
+from moe_ray.errors import ConfigError, StorageError
 from moe_ray.parallel.layout import Shard, init_optimizer_state, model_shards, optimizer_shards
 from moe_ray.parallel.mesh import build_mesh
 from moe_ray.parallel.shard import build_sharded_model
 from moe_ray.storage import open_storage
 from moe_ray.telemetry.clock import PhaseClock
 from moe_ray.telemetry.run_log import read_metrics
+from moe_ray.training.launcher import run_training
 from moe_ray.training.loop import Ended, train
 from moe_ray.training.optimizer import build_optimizer
 from moe_ray.training.requests import Request, ask
@@ -60,6 +61,12 @@ def test_the_newest_the_round_and_the_best_are_kept(
     best = {step for _, step in (rated[:2] if best_is == "lowest" else rated[-2:])}
     assert len(best) == (0 if metric == "no" else 2)
     assert set(list_steps(open_storage(tmp_path / "run"))) == {5, 10, 11, 12} | best
+
+
+def test_the_best_are_so_by_a_number_that_runs_log(corpus: Path, tmp_path: Path) -> None:
+    config = build_config(tiny_settings(corpus, tmp_path, "run"), ["checkpoint.best_metric=val_los"])
+    with pytest.raises(ConfigError, match=r"checkpoint.best_metric names 'val_los'.*did you mean 'val_loss'"):
+        run_training(config)
 
 
 def test_resumed_runs_remember_how_good_old_checkpoints_were(corpus: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """How a job comes to its Ray cluster: it says what it waits for, and what goes wrong is one line."""
 
 import logging
+import socket
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ def test_a_cluster_that_does_not_start_is_one_line(
     assert "\n" not in str(error.value)
     assert "starting Ray on this machine" in caplog.text
     assert not ray.is_initialized()
+
+
+def test_a_cluster_that_is_gone_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=f"no cluster at RAY_ADDRESS='{address}': .*refused.*Fix: "):
+        connect(ParallelConfig())
 
 
 def test_a_wrong_address_is_one_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

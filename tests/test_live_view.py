@@ -11,7 +11,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from jobs.report import main as report
 from jobs.watch import main
 from moe_ray.analytics.live.braille import bars, curve
 from moe_ray.analytics.live.tail import RunTail, Snapshot
@@ -26,6 +27,7 @@ from moe_ray.analytics.live.view import Frame
 from moe_ray.errors import ConfigError
 from moe_ray.storage import open_storage
 from moe_ray.telemetry.run_log import drop_metrics_after
+from moe_ray.tuning.trials import Trial, write_trials
 from tests.made_runs import START, metrics_line, restarted, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,6 +149,13 @@ def test_one_frame_where_there_is_no_terminal(storage_uri: str, tmp_path: Path, 
 def test_mistakes_are_told(arguments: list[str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem):
         main(arguments)
+
+
+@pytest.mark.parametrize("command", [main, report])
+def test_a_sweep_is_no_run(command: Callable[[list[str]], None], tmp_path: Path) -> None:
+    write_trials(open_storage(str(tmp_path)), [Trial(0, "trial-000", {})])
+    with pytest.raises(ConfigError, match=r"is a sweep, no run\. Fix: .*trial-NNN"):
+        command([str(tmp_path)])
 
 
 class Terminal:

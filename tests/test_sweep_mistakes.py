@@ -50,7 +50,7 @@ def refused(space: Any, message: str, **settings: Any) -> None:
         ({}, "sweep.space.optim.lr has no kind of values"),
         ({"choice": []}, r"sweep.space.optim.lr.choice=\[\] holds no value"),
         ({"uniform": [-1, 1]}, r"sweep.space: optim.lr=-1.* greater than 0"),
-        ({"choice": [1], "when": 3}, "sweep.space.optim.lr.when=3 is not allowed: .*dictionary"),
+        ({"choice": [1], "when": 3}, "sweep.space.optim.lr.when=3 is not allowed: .*mapping"),
     ],
 )
 def test_a_dimension_is_named_with_its_value_and_what_it_may_be(dimension: Any, message: str) -> None:
@@ -95,6 +95,17 @@ def test_only_settings_of_a_run_are_varied(space: dict[str, Any], message: str) 
         (
             {"optim.eps": {"choice": [1], "when": {"model.router": []}}},
             "optim.eps.when names no value of model.r",
+        ),
+        (
+            {"optim.eps": {"choice": [1], "when": {"model.router": "hash"}}},
+            "optim.eps is never varied.*model.router is 'top_k' in every trial",
+        ),
+        (
+            {
+                "model.router": {"choice": ["top_k", "random"]},
+                "optim.eps": {"choice": [1], "when": {"model.router": "hash"}},
+            },
+            r"optim.eps is never varied.*gives model.router none of \['hash'\]",
         ),
     ],
 )

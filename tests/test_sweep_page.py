@@ -17,6 +17,7 @@ from moe_ray.config import build_config
 from moe_ray.storage import open_storage
 from moe_ray.sweep_config import Constraint
 from moe_ray.tuning.board import Board
+from moe_ray.tuning.changes import Change
 from moe_ray.tuning.outcome import write_outcome
 from moe_ray.tuning.report.build import sweep_page, write_sweep_page
 from moe_ray.tuning.report.importance import importances
@@ -72,6 +73,28 @@ def test_best_is_compared_with_the_configuration() -> None:
     values = {row[0]: row[1:] for row in table.rows}
     assert values["optim.lr"] == (f"{best.values['optim.lr']:.4g}", f"{base.values['optim.lr']:.4g}")
     assert values["val_loss"] == (f"{best.metrics['val_loss']:.4g}", f"{was:.4g}")
+
+
+def test_equal_is_neither_lower_nor_higher() -> None:
+    sweep = make_sweep(make_trials(48))
+    assert sweep.best is not None
+    base = replace(sweep.best, number=48, values={"optim.lr": 1e-3})
+    page = sweep_page(replace(sweep, trials=[*sweep.trials, base], configured=base.values))
+    assert f"That is no other than {base.metrics['val_loss']:.4g} of trial 48, as" in finding(page, "best")
+
+
+def test_page_tells_how_many_trials_are_to_come() -> None:
+    sweep = make_sweep(make_trials(9))
+    assert "A sweep of 9 trials for" in sweep_page(replace(sweep, most=9)).lead
+    assert "A sweep of 9 trials so far, of at most 16 for" in sweep_page(replace(sweep, most=16)).lead
+
+
+def test_page_of_a_population_tells_what_took_over_what() -> None:
+    sweep = make_sweep(make_trials(9))
+    before, values = {"optim.lr": 1e-3, "model.top_k": 2}, {"optim.lr": 2e-3, "model.top_k": 2}
+    change = Change(50, 3, 1, "trial-003-from-50", before, values)
+    table = table_of(sweep_page(replace(sweep, changes=(change,))), "changes")
+    assert table.rows == [(50, 3, 1, "optim.lr 0.001 → 0.002")]
 
 
 def test_best_says_why_it_is_not_compared_with_the_configuration() -> None:
@@ -231,9 +254,16 @@ def test_small_sweeps_have_a_page(count: int) -> None:
 def test_trials_without_numbers_have_a_page() -> None:
     bare = [Trial(number, f"trial-{number}", {}, status="pending") for number in range(3)]
     broken = Trial(
-        3, "trial-3", {"optim.lr": 1e-3}, "finished", metrics={"val_loss": math.nan}, history=((5, math.nan),)
+        3,
+        "trial-3",
+        {"optim.lr": 1e-3},
+        "finished",
+        steps=5,
+        metrics={"val_loss": math.nan, "tokens": math.nan},
+        history=((5, math.nan),),
     )
-    page = sweep_page(make_sweep([*bare, broken]))
+    halved = Trial(4, "trial-4", {"data.domain": "cut \ud83d"}, "failed", reason="cut \ud83d", steps=5)
+    page = sweep_page(make_sweep([*bare, broken, halved]))
     assert {row[1] for row in table_of(page, "trial-table").rows} == {None}
     assert render(page)
 

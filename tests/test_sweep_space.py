@@ -51,7 +51,6 @@ def test_conditions_prune_the_grid() -> None:
             "model.router": {"choice": ["top_k", "hash"]},
             "model.score_func": {"choice": ["softmax", "sigmoid"], "when": {"model.router": "top_k"}},
             "optim.beta1": {"choice": [0.8, 0.9], "when": {"model.router": ["hash"], "model.dim": 256}},
-            "optim.beta2": {"choice": [0.8, 0.9], "when": {"model.dim": 64}},
         },
         algorithm="grid",
     )
@@ -62,6 +61,16 @@ def test_conditions_prune_the_grid() -> None:
         {"model.router": "hash", "optim.beta1": 0.8},
         {"model.router": "hash", "optim.beta1": 0.9},
     ]
+
+
+def test_what_is_not_varied_takes_no_time_to_count() -> None:
+    fields = ["lr", "min_lr_ratio", "weight_decay", "beta1", "beta2", "eps", "grad_clip", "warmup_steps"]
+    conditional = {
+        f"optim.{field}": {"choice": [number / 100 for number in range(12)], "when": {"model.router": "hash"}}
+        for field in fields
+    }
+    config = sweep_of({"model.router": {"choice": ["top_k", "random"]}} | conditional, algorithm="grid")
+    assert list(grid_points(config)) == [{"model.router": "top_k"}, {"model.router": "random"}]
 
 
 def test_settings_of_a_trial_are_those_of_the_sweep_with_its_values() -> None:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from moe_ray.config import Config
+from moe_ray.errors import ConfigError
+from moe_ray.explain import nearest
 from moe_ray.telemetry.records import BY_DOMAIN, is_number
 
 PHASES = ("data", "forward", "dispatch", "backward", "reduce", "optimizer")
@@ -62,6 +64,19 @@ RECORDED = frozenset(
         *("dead_experts", "overloaded_experts", "restore_seconds", "sample_checksum"),
     }
 )
+
+
+def check_metric(where: str, metric: str) -> None:
+    """Refuse what no record of a run has.
+
+    Raises:
+        ConfigError: `where`, a setting, names it.
+    """
+    if metric not in RECORDED:
+        raise ConfigError(
+            f"{where} names {metric!r}, which no run logs.",
+            f"did you mean {nearest(metric, sorted(RECORDED))!r}? All are {', '.join(sorted(RECORDED))}.",
+        )
 
 
 class Sample(NamedTuple):

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import socket
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -33,7 +34,7 @@ from moe_ray.storage.lease import fence, hold
 from moe_ray.submission import read_submission, with_absolute_storage
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.progress import show_progress
-from moe_ray.telemetry.samples import submission_samples, training_samples
+from moe_ray.telemetry.samples import check_metric, submission_samples, training_samples
 from moe_ray.telemetry.trackers.follow import check_trackers, follow_run
 from moe_ray.telemetry.watcher import watch_training
 from moe_ray.training.failures import as_our_error
@@ -42,6 +43,7 @@ from moe_ray.training.resume import check_data, check_settings
 from moe_ray.training.trainer import ElasticTrainer, StopSwitch
 
 _logger = logging.getLogger(__name__)
+_REACH_SECONDS = 20.0
 
 
 def run_training(config: Config, switch: StopSwitch | None = None) -> int:
@@ -58,6 +60,7 @@ def run_training(config: Config, switch: StopSwitch | None = None) -> int:
     """
     config = resolve_model(with_absolute_storage(config))
     _check_router(config.model)
+    check_metric("checkpoint.best_metric", config.checkpoint.best_metric)
     check_trackers(config)
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
     with hold(run) as lease:
@@ -154,12 +157,20 @@ def _join(log_to_driver: bool) -> None:
     address = os.environ["RAY_ADDRESS"]
     _logger.info("joining the cluster at %s", address)
     try:
+        _reach(address)
         ray.init(log_to_driver=log_to_driver, logging_level=logging.WARNING)
-    except (ValueError, ConnectionError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(
             f"there is no cluster at RAY_ADDRESS={address!r}: {_first_line(error)}.",
             "name one that runs, such as by `source runs/cluster/env`, or unset the variable.",
         ) from None
+
+
+def _reach(address: str) -> None:
+    """Ray itself waits for minutes where nothing listens."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
 
 
 def _first_line(error: Exception) -> str:

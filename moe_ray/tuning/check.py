@@ -10,10 +10,11 @@ from moe_ray.config import Config, check_setting
 from moe_ray.errors import ConfigError
 from moe_ray.explain import nearest
 from moe_ray.sweep_config import AutoConfig, Dimension, SweepConfig
-from moe_ray.telemetry.samples import EVALUATED, RECORDED
+from moe_ray.telemetry.samples import EVALUATED, check_metric
 from moe_ray.tuning.auto.ladder import check_auto
 from moe_ray.tuning.space import (
     alternatives,
+    configured,
     contains,
     grace_steps,
     grid_points,
@@ -50,16 +51,16 @@ def check_sweep(config: Config) -> None:
             f"train.until={config.train.until} has no meaning in a sweep, whose trials end at train.steps.",
             "leave it out.",
         )
-    _check_space(sweep.space)
+    _check_space(config)
     if len(sweep.first) > sweep.trials:
         raise ConfigError(
             f"sweep.first has {len(sweep.first)} trials, more than sweep.trials={sweep.trials}.", "raise that."
         )
     for number, values in enumerate(sweep.first):
         _check_first(config, f"sweep.first[{number}]", values)
-    _check_metric("sweep.metric", sweep.metric)
+    check_metric("sweep.metric", sweep.metric)
     for bound in sweep.bounds:
-        _check_metric("sweep.constraints", bound.metric)
+        check_metric("sweep.constraints", bound.metric)
     _check_algorithm(config)
     _check_scheduler(config)
 
@@ -74,7 +75,8 @@ def _check_meaning(sweep: SweepConfig, name: str, needed: str) -> None:
         )
 
 
-def _check_space(space: Mapping[str, Dimension]) -> None:
+def _check_space(config: Config) -> None:
+    space = config.sweep.space
     if not space:
         raise ConfigError(
             "sweep.space varies nothing.", "name settings, such as {optim.lr: {loguniform: [1.0e-4, 1.0e-2]}}."
@@ -91,6 +93,7 @@ def _check_space(space: Mapping[str, Dimension]) -> None:
                 )
             for value in alternatives(wanted):
                 _check_value(f"sweep.space.{name}.when", other, value)
+            _check_reachable(config, name, other)
         known.append(name)
 
 
@@ -123,6 +126,20 @@ def _check_condition(space: Mapping[str, Dimension], known: Iterable[str], name:
         )
     raise ConfigError(
         f"sweep.space: {name} depends on {other}, which comes after it.", f"put {other} before {name}."
+    )
+
+
+def _check_reachable(config: Config, name: str, other: str) -> None:
+    """Some trial has a value with which the dimension is varied."""
+    of, values = config.sweep.space.get(other), alternatives(config.sweep.space[name].when[other])
+    stands = configured(config, other)
+    can_stand = of is None or bool(of.when)
+    if (can_stand and stands in values) or (of is not None and any(contains(of, value) for value in values)):
+        return
+    has = f"{other} is {stands!r} in every trial" if of is None else f"sweep.space gives {other} none of {values}"
+    raise ConfigError(
+        f"sweep.space.{name} is never varied: its `when` wants {other} to be one of {values}, but {has}.",
+        f"leave {other} out of the `when`, or vary {other} over such a value, too.",
     )
 
 
@@ -172,14 +189,6 @@ def _check_value(where: str, name: str, value: Any) -> None:
         raise ConfigError(
             f"{where}: {name}={value!r} is text.",
             f"write {read!r}; YAML takes 1.0e-3 for a number and 1e-3 for a text.",
-        )
-
-
-def _check_metric(where: str, metric: str) -> None:
-    if metric not in RECORDED:
-        raise ConfigError(
-            f"{where} names {metric!r}, which no run logs.",
-            f"did you mean {nearest(metric, sorted(RECORDED))!r}? All are {', '.join(sorted(RECORDED))}.",
         )
 
 

@@ -11,6 +11,7 @@ from moe_ray.errors import TrainingError
 from moe_ray.tuning.auto.recommend import fit_ladder, recommend
 from moe_ray.tuning.auto.shapes import DERIVED
 from moe_ray.tuning.board import Board
+from moe_ray.tuning.changes import read_changes
 from moe_ray.tuning.objective import ranked, violation
 from moe_ray.tuning.report.auto import auto_findings, auto_section
 from moe_ray.tuning.report.build import write_sweep_page
@@ -74,6 +75,8 @@ def _sweep(board: Board, best: Trial | None) -> Sweep:
         hidden=DERIVED if config.sweep.auto else frozenset(),
         configured=None if config.sweep.auto else with_configured(config, {}),
         bounds=config.sweep.bounds,
+        most=config.sweep.trials,
+        changes=tuple(read_changes(board.storage, board.trials)) if config.sweep.scheduler == "pbt" else (),
     )
 
 

@@ -9,7 +9,7 @@ import json
 import random
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler
@@ -21,35 +21,14 @@ from moe_ray.sweep_config import Dimension
 from moe_ray.telemetry.run_log import EVENTS
 from moe_ray.training.trainer import StopSwitch
 from moe_ray.tuning.board import Board
+from moe_ray.tuning.changes import Change, read_changes, write_changes
 from moe_ray.tuning.objective import ranked
 from moe_ray.tuning.search import Search
 from moe_ray.tuning.space import Values, draw_value, mutable_settings
-from moe_ray.tuning.trials import TRIALS, Trial, damaged, parse_lines
+from moe_ray.tuning.trials import Trial
 from moe_ray.tuning.tuner import Work, run_trials
 
-CHANGES = "changes.jsonl"
 _FACTORS = (0.8, 1.25)
-
-
-@dataclass(frozen=True)
-class Change:
-    """A trial goes on from another's checkpoint.
-
-    Attributes:
-        step: of the checkpoint.
-        number: of the trial.
-        source: number of the trial whose checkpoint it is.
-        run: the new run folder of the trial.
-        before: values of the trial until then.
-        values: those from then on.
-    """
-
-    step: int
-    number: int
-    source: int
-    run: str
-    before: Values
-    values: Values
 
 
 def run_population(board: Board, work: Work, switch: StopSwitch) -> None:
@@ -58,7 +37,7 @@ def run_population(board: Board, work: Work, switch: StopSwitch) -> None:
     search = Search(config, list(board.trials.values()))
     while (trial := search.propose()) is not None:
         board.put(trial)
-    changes = _read(board.storage, board.trials)
+    changes = read_changes(board.storage, board.trials)
     start = max((change.step for change in changes), default=0)
     _apply(board, work, [change for change in changes if change.step == start])
     while not switch.is_pressed:
@@ -68,7 +47,7 @@ def run_population(board: Board, work: Work, switch: StopSwitch) -> None:
             return
         planned = plan(config, _alive(board), until)
         changes += planned
-        board.storage.write(CHANGES, "".join(json.dumps(asdict(change)) + "\n" for change in changes).encode())
+        write_changes(board.storage, changes)
         _apply(board, work, planned)
         start = until
 
@@ -165,15 +144,3 @@ def _events(run: Storage) -> bytes:
         return run.read(EVENTS)
     except FileNotFoundError:
         return b""
-
-
-def _read(storage: Storage, trials: Iterable[int]) -> list[Change]:
-    try:
-        lines = storage.read(CHANGES).splitlines()
-    except FileNotFoundError:
-        return []
-    changes = parse_lines(storage, CHANGES, Change, lines)
-    unknown = {number for change in changes for number in (change.number, change.source)} - set(trials)
-    if unknown:
-        raise damaged(storage, CHANGES, f"it names trial {min(unknown)}, of which {TRIALS} knows nothing")
-    return changes

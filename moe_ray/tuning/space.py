@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from moe_ray.config import Config, build_config
@@ -57,29 +57,33 @@ def contains(dimension: Dimension, value: Any) -> bool:
 
 def grid_points(config: Config) -> Iterator[Values]:
     """All combinations of a space whose values can be counted, each once, the last dimension changing fastest."""
-    seen: set[str] = set()
-    for combination in itertools.product(*(dimension.values or () for dimension in config.sweep.space.values())):
-        of = dict(zip(config.sweep.space, combination, strict=True))
-        values = walk(config, lambda name, _, of=of: of[name])
-        key = json.dumps(values, sort_keys=True)
-        if key not in seen:
-            seen.add(key)
+
+    def extend(values: Values, rest: Sequence[tuple[str, Dimension]]) -> Iterator[Values]:
+        if not rest:
             yield values
+            return
+        (name, dimension), *later = rest
+        if not _is_met(config, values, dimension):
+            yield from extend(values, later)
+            return
+        for value in _distinct(dimension.values or ()):
+            yield from extend(values | {name: value}, later)
+
+    return extend({}, list(config.sweep.space.items()))
 
 
 def walk(config: Config, pick: Pick) -> Values:
     """Pick a value of each dimension whose condition is met, in the order of the space."""
     values: Values = {}
     for name, dimension in config.sweep.space.items():
-        current = ((_value(config, values, other), wanted) for other, wanted in dimension.when.items())
-        if all(value in alternatives(wanted) for value, wanted in current):
+        if _is_met(config, values, dimension):
             values[name] = pick(name, dimension)
     return values
 
 
 def with_configured(config: Config, values: Mapping[str, Any]) -> Values:
     """The same with what the configuration says of the other settings in the space."""
-    return walk(config, lambda name, _: values.get(name, _value(config, {}, name)))
+    return walk(config, lambda name, _: values.get(name, configured(config, name)))
 
 
 def resolve(config: Config, values: Mapping[str, Any]) -> Config:
@@ -104,7 +108,23 @@ def alternatives(wanted: Any) -> list[Any]:
     return list(wanted) if isinstance(wanted, list | tuple) else [wanted]
 
 
-def _value(config: Config, values: Mapping[str, Any], name: str) -> Any:
+def configured(config: Config, name: str) -> Any:
+    """The value of a setting where nothing varies it."""
     section, _, field = name.partition(".")
-    value = values.get(name, getattr(getattr(config, section), field))
+    value = getattr(getattr(config, section), field)
     return list(value) if isinstance(value, tuple) else value
+
+
+def _is_met(config: Config, values: Mapping[str, Any], dimension: Dimension) -> bool:
+    """Whether a dimension is varied beside these values of those before it."""
+    current = {name: values[name] if name in values else configured(config, name) for name in dimension.when}
+    return all(current[name] in alternatives(wanted) for name, wanted in dimension.when.items())
+
+
+def _distinct(values: Iterable[Any]) -> Iterator[Any]:
+    seen: set[str] = set()
+    for value in values:
+        key = json.dumps(value, sort_keys=True)
+        if key not in seen:
+            seen.add(key)
+            yield value

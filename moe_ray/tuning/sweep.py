@@ -74,7 +74,10 @@ def run_sweep(config: Config) -> Board:
             board.put(*(replace(trial, status="pending") for trial in board.with_status("running")))
     write_outcome(board)
     if switch.is_pressed:
-        raise TrainingError("a signal ended the sweep; its trials have saved.", "run the same command to go on.")
+        raise TrainingError(
+            "a signal ended the sweep; trials that had begun to train have saved.",
+            "run the same command to go on.",
+        )
     return board
 
 

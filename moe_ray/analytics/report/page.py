@@ -29,7 +29,8 @@ def render(page: Page) -> bytes:
         hashes=[_hash(script) for script in scripts],
         specs=_json(specs),
     )
-    return html.encode()
+    # Half a character, which a text that was cut may end with, has no code in UTF-8.
+    return html.encode(errors="replace")
 
 
 def shown(cell: Cell) -> str:

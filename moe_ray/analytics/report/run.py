@@ -18,6 +18,8 @@ from moe_ray.telemetry.history import History, read_history
 from moe_ray.telemetry.run_log import EVENTS, METRICS, read_events
 
 CONFIG = "config.yaml"
+# Of a sweep, which is of a layer above.
+_TRIALS = "trials.jsonl"
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,10 @@ def open_run(uri: str) -> tuple[Storage, str]:
     """
     storage = open_storage(uri)
     if not any(storage.exists(name) for name in (CONFIG, METRICS, EVENTS)):
+        if storage.exists(_TRIALS):
+            raise ConfigError(
+                f"{uri!r} is a sweep, no run.", "give the folder of one of its trials in it, trial-NNN."
+            )
         raise ConfigError(
             f"{uri!r} holds no run: it has neither {CONFIG} nor {METRICS}.",
             "give the folder of a run, STORAGE/NAME, or its s3:// or gs:// URI.",

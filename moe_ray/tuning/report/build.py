@@ -8,6 +8,7 @@ from moe_ray.analytics.report.page import render
 from moe_ray.analytics.report.parts import Cell, Figure, Finding, Missing, Page, Part, Section, Table
 from moe_ray.analytics.report.spec import short
 from moe_ray.storage import Storage
+from moe_ray.tuning.changes import Change
 from moe_ray.tuning.report.cost import cost_parts
 from moe_ray.tuning.report.findings import findings_of, reasons_of
 from moe_ray.tuning.report.importance import importance_parts
@@ -43,12 +44,14 @@ def sweep_page(sweep: Sweep, sections: Sequence[Section] = (), findings: Sequenc
         Section("settings", "Settings", [*parallel_parts(sweep), *importance_parts(sweep)]),
         Section("cost", "Loss and cost", [*cost_parts(sweep), *pareto_parts(sweep)]),
         Section("learning", "Learning curves", curves),
-        Section("trials", "Trials", [*_reasons(sweep), _trials(sweep)]),
+        Section("trials", "Trials", [*_reasons(sweep), *_changes(sweep), _trials(sweep)]),
     ]
     which = "lowest" if sweep.lowest else "highest"
     searched = ", ".join(sweep.settings) or "no setting"
     within = "".join(f", with {bound.metric} {bound.relation} {bound.bound:g}" for bound in sweep.bounds)
     trials = counted(len(sweep.trials), "trial")
+    if len(sweep.trials) < sweep.most:
+        trials += f" so far, of at most {sweep.most}"
     lead = f"A sweep of {trials} for the {which} {sweep.metric}{within}, over {searched}."
     steps = sweep.step_range if any(isinstance(part, Figure) for part in curves) else None
     return Page(sweep.name, lead, [*findings, *findings_of(sweep)], parts, steps)
@@ -75,7 +78,9 @@ def _best(sweep: Sweep) -> Part:
 
 
 def _text(values: Mapping[str, Any], name: str) -> str | None:
-    return text_of(values[name]) if name in values else None
+    if name not in values:
+        return None
+    return f"{values[name] / 1e6:,.0f} MB" if name.endswith("_bytes") else text_of(values[name])
 
 
 def _compared(sweep: Sweep, *others: str) -> list[str]:
@@ -92,6 +97,25 @@ def _reasons(sweep: Sweep) -> list[Part]:
     ]
     head = ("status", "reason", "trials", "which")
     return [Table(head, rows, "What failed and why", id="reasons")] if rows else []
+
+
+def _changes(sweep: Sweep) -> list[Part]:
+    """Which trials of a population went on from which others."""
+    rows = [
+        (change.step, change.number, change.source, "; ".join(_differences(change))) for change in sweep.changes
+    ]
+    head = ("after step", "trial", "went on from trial", "its settings before and since")
+    note = "Weights and optimizer state are those of the other trial's checkpoint."
+    return [Table(head, rows, "Trials that went on from others", note, "changes")] if rows else []
+
+
+def _differences(change: Change) -> list[str]:
+    names = dict.fromkeys([*change.before, *change.values])
+    return [
+        f"{name} {_text(change.before, name) or '-'} → {_text(change.values, name) or '-'}"
+        for name in names
+        if change.before.get(name) != change.values.get(name)
+    ]
 
 
 def _trials(sweep: Sweep) -> Part:

@@ -1,5 +1,6 @@
 """What a sweep cost, and for trials that became what."""
 
+import math
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -34,12 +35,17 @@ def cost_text(sweep: Sweep) -> str:
 
 def _row(status: str, trials: Sequence[Trial]) -> list[Cell]:
     steps, flops = sum(trial.steps for trial in trials), _flops(trials)
-    tokens = round(sum(trial.metrics.get("tokens", 0) for trial in trials))
+    tokens = round(sum(map(_tokens, trials)))
     return [status, len(trials), _time(trials), f"{flops:.3g}" if flops else None, steps, tokens or None]
 
 
 def _flops(trials: Sequence[Trial]) -> float:
-    return sum((trial.flops_per_token or 0) * trial.metrics.get("tokens", 0) for trial in trials)
+    return sum((trial.flops_per_token or 0) * _tokens(trial) for trial in trials)
+
+
+def _tokens(trial: Trial) -> float:
+    tokens = trial.metrics.get("tokens", 0)
+    return tokens if math.isfinite(tokens) else 0
 
 
 def _time(trials: Sequence[Trial]) -> str:

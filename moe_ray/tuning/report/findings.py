@@ -52,10 +52,10 @@ def _best(sweep: Sweep, best: Trial) -> str:
     if base.status != "finished" or value is None or known is None:
         return f"{told} Trial {base.number}, as configured, cannot be compared with it: it is {base.status}."
     outside = "" if sweep.is_within(base) else ", which is out of bounds"
-    way = "lower" if known < value else "higher"
+    difference = f"{abs(known - value):.2g} {'lower' if known < value else 'higher'} than"
     return (
-        f"{told} That is {abs(known - value):.2g} {way} than {text_of(value)} of trial {base.number}, as "
-        f"configured{outside}."
+        f"{told} That is {'no other than' if known == value else difference} {text_of(value)} of trial "
+        f"{base.number}, as configured{outside}."
     )
 
 

@@ -138,11 +138,12 @@ def _numbers(known: Sequence[float]) -> tuple[Callable[[Any], float], list[tuple
     unscale = math.exp if is_log else float
 
     def place(value: float) -> float:
-        return (scale(value) - scale(low)) / (scale(high) - scale(low))
+        # By halves: the whole range may be more than a number can hold.
+        return (scale(value) / 2 - scale(low) / 2) / (scale(high) / 2 - scale(low) / 2)
 
     shown = sorted(set(known))
     if len(shown) > _MOST_VALUES:
-        middle = short(unscale((scale(low) + scale(high)) / 2), 2)
+        middle = short(unscale(scale(low) / 2 + scale(high) / 2), 2)
         return place, [(0, text_of(low)), (0.5, text_of(middle)), (1, text_of(high))]
     return place, [(place(value), text_of(value)) for value in shown]
 

@@ -9,6 +9,7 @@ from typing import Any
 from moe_ray.analytics.report.parts import Cell
 from moe_ray.analytics.report.spec import COLOURS, by_name
 from moe_ray.sweep_config import Constraint
+from moe_ray.tuning.changes import Change
 from moe_ray.tuning.objective import violation
 from moe_ray.tuning.trials import Trial
 
@@ -34,6 +35,8 @@ class Sweep:
         configured: values of a trial that leaves the configuration as it stands; None where nothing is compared
             with it.
         bounds: on metrics; trials within them are better than any that is not.
+        most: trials that it may have.
+        changes: which trials went on from which others.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Sweep:
     hidden: frozenset[str] = frozenset()
     configured: Mapping[str, Any] | None = None
     bounds: tuple[Constraint, ...] = ()
+    most: int = 0
+    changes: tuple[Change, ...] = ()
 
     @property
     def settings(self) -> list[str]:
