@@ -151,7 +151,7 @@ def prompts_of(arguments: argparse.Namespace, batch: int, number: int) -> dict[s
 
 
 def check_tokens(results: dict[tuple[str, int], list[dict[str, Any]]], arguments: argparse.Namespace) -> None:
-    """Say how many texts of all contestants in float32 are equal, and by how little others were decided."""
+    """Say how many texts of all contestants in float32 are equal, and how close a choice others hang on."""
     for batch in arguments.batches:
         exact = [rounds for (name, b), rounds in results.items() if b == batch and name.endswith("float32")]
         texts = [[text for result in rounds for text in result["tokens"]] for rounds in exact]
@@ -168,17 +168,22 @@ def check_tokens(results: dict[tuple[str, int], list[dict[str, Any]]], arguments
             for prompt, text, *others in zip(prompts, *texts, strict=True):
                 for other in others:
                     if other != text:
-                        print(f"  one differs where two logits are {logit_gap(prompt, text, other):.1e} apart")
+                        gap = closest_choice(prompt, text, other)
+                        print(f"  one differs after a choice between logits that are {gap:.1e} apart")
 
 
 @torch.inference_mode()
-def logit_gap(prompt: list[int], text: list[int], other: list[int]) -> float:
-    """How far the logits of the first two tokens that differ are apart, in torch."""
+def closest_choice(prompt: list[int], text: list[int], other: list[int]) -> float:
+    """The least difference of two logits by which a token or an expert was chosen until the texts differ."""
     place = next(index for index, (one, two) in enumerate(zip(text, other, strict=True)) if one != two)
     model = build_model(CONFIG, seed=0).eval()
-    hidden_BSD = model(torch.tensor([prompt + text[:place]])).hidden_BSD
-    logits_V = model.logits(hidden_BSD[0, -1])
-    return abs(logits_V[text[place]] - logits_V[other[place]]).item()
+    output = model(torch.tensor([prompt + text[:place]]))
+    logits_V = model.logits(output.hidden_BSD[0, -1])
+    gaps = [abs(logits_V[text[place]] - logits_V[other[place]])]
+    for routing in output.routings:
+        chosen_TK = routing.logits_TE.topk(CONFIG.top_k + 1).values
+        gaps.append((chosen_TK[:, -2] - chosen_TK[:, -1]).min())
+    return min(gaps).item()
 
 
 def report(
