@@ -291,10 +291,10 @@ def _node_plan(options: argparse.Namespace) -> NodePlan | None:
 
 
 def _range(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(?:(\d+),)?(\d+)", text)
+    match = re.fullmatch(r"(\d+),(\d+)", text)
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no range: write MIN,MAX, such as 1,4")
-    return int(match[1] or 0), int(match[2])
+    return int(match[1]), int(match[2])
 
 
 if __name__ == "__main__":

@@ -9,16 +9,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from moe_ray.checkpoint.catalog import is_whole, list_steps, read_step
 from moe_ray.checkpoint.fork import fork
 from moe_ray.config import Config, build_config, to_yaml
-from moe_ray.errors import CheckpointError, ConfigError
+from moe_ray.errors import CheckpointError, ConfigError, DataError
 from moe_ray.storage import open_storage
 from moe_ray.telemetry.run_log import METRICS, read_metrics
 from moe_ray.tuning.board import Board
+from moe_ray.tuning.changes import CHANGES, read_changes, write_changes
+from moe_ray.tuning.outcome import BEST, write_outcome
 from moe_ray.tuning.population import perturb, plan
+from moe_ray.tuning.report.build import SWEEP_PAGE
 from moe_ray.tuning.sweep import SETTINGS, run_sweep, sweep_samples
 from moe_ray.tuning.table import Table
 from moe_ray.tuning.trials import Trial, read_trials
@@ -168,3 +172,47 @@ def test_a_sweep_goes_on_with_other_settings_if_they_have_no_effect(
     open_storage(before.train.run_uri).write(SETTINGS, to_yaml(before).encode())
     with pytest.raises(ConfigError, match=message):
         run_sweep(now)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"\xff\xfe", "it holds no settings"),
+        (b"train: [", "it holds no settings"),
+        (b"[1, 2]", "it holds no settings"),
+        (b"train: {steps: many}", "train.steps='many' is not allowed"),
+    ],
+)
+def test_damaged_settings_of_a_sweep_are_told(tmp_path: Path, content: bytes, why: str) -> None:
+    config = build_config(sweep_of().model_dump(mode="json"), [f"train.storage={tmp_path}"])
+    open_storage(config.train.run_uri).write(SETTINGS, content)
+    with pytest.raises(DataError, match=f"{SETTINGS} of .* cannot be used: {why}.*restore it, or set another"):
+        run_sweep(config)
+    assert open_storage(config.train.run_uri).read(SETTINGS) == content
+
+
+def test_changes_of_a_population_are_read_as_they_were_written(storage_uri: str) -> None:
+    storage = open_storage(storage_uri)
+    assert read_changes(storage, []) == []
+    changes = plan(sweep_of(scheduler="pbt", perturb_steps=9), population(), 9)
+    write_changes(storage, changes)
+    assert read_changes(storage, range(8)) == changes
+    with pytest.raises(DataError, match=r"it names trial [67], of which trials.jsonl knows nothing"):
+        read_changes(storage, range(6))
+    storage.write(CHANGES, b"{}\n")
+    with pytest.raises(DataError, match=f"{CHANGES} of .* line 1: step: Field required"):
+        read_changes(storage, range(8))
+
+
+def test_a_sweep_leaves_its_outcome_on_any_storage(storage_uri: str) -> None:
+    board = Board(sweep_of(scheduler="pbt", perturb_steps=9), open_storage(storage_uri))
+    board.put(*population())
+    board.put(replace(board.trials[7], status="finished"))
+    write_changes(board.storage, plan(board.config, population(), 9))
+    board.write()
+    write_outcome(board)
+    assert read_trials(open_storage(storage_uri)) == list(board.trials.values())
+    best = build_config(yaml.safe_load(board.storage.read(BEST)))
+    assert (best.optim.lr, best.optim.beta1) == (1e-2, 0.8)
+    page = board.storage.read(SWEEP_PAGE).decode()
+    assert "Trials that went on from others" in page
