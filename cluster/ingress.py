@@ -40,6 +40,8 @@ RESILIENCE = {
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(2**17),
     # With each change of the replicas a new HAProxy starts, and the old one has this long to end its streams.
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
+    # Serve replaces a proxy whose actor answers late three times, and its streams break. HAProxy serves meanwhile.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
 }
 
 
