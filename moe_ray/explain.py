@@ -14,6 +14,7 @@ from moe_ray.errors import ConfigError
 from moe_ray.section import Section
 
 _EXAMPLES = 6
+_CLOSE = 0.8
 
 
 def explain(error: ValidationError, root: type[Section]) -> ConfigError:
@@ -33,7 +34,9 @@ def explain(error: ValidationError, root: type[Section]) -> ConfigError:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
-    """The name that was most likely meant: that of its initials, else the most alike."""
+    """The name that was most likely meant: one nearly the same, that of its initials, or else the most alike."""
+    if close := difflib.get_close_matches(name, names, n=1, cutoff=_CLOSE):
+        return close[0]
     section, dot, words = name.rpartition(".")
     initials = section + dot + "".join(word[:1] for word in words.split("_"))
     if "_" in words and initials in names:

@@ -18,6 +18,7 @@ from moe_ray.errors import ConfigError
         ("trian.steps=3", "unknown setting 'trian'.*did you mean 'train'"),
         ("train.stesp=3", "did you mean 'train.steps'"),
         ("optim.learning_rate=1", "did you mean 'optim.lr'"),
+        ("optim.learn_rat=1", "did you mean 'optim.lr'"),
         ("sweep.constraints={load_cv: 0.3}", "sweep.constraints={'load_cv': 0.3} .*should be a list"),
         ("train.steps=0", r"train.steps=0 .*greater than 0"),
         ("train.steps=1.5", "train.steps=1.5 .*integer"),

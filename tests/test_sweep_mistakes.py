@@ -1,13 +1,19 @@
 """Mistakes in the settings of a sweep: each is refused before any run, in one line with what to do instead."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moe_ray.config import build_config
+from moe_ray.config import ModelConfig, build_config
 from moe_ray.errors import ConfigError
+from moe_ray.models.hf.resolve import resolve_model
+from moe_ray.models.hf.save import save_folder
+from moe_ray.models.transformer import build_model
 from moe_ray.tuning.check import check_sweep
+from moe_ray.tuning.search import Search
+from moe_ray.tuning.space import draw
 
 LR = {"optim.lr": {"loguniform": [1e-4, 1e-2]}}
 SIZES = {"model.num_experts": {"choice": [4, 8]}, "model.top_k": {"choice": [1, 2, 4]}}
@@ -98,19 +104,99 @@ def test_only_settings_of_a_run_are_varied(space: dict[str, Any], message: str) 
         ),
         (
             {"optim.eps": {"choice": [1], "when": {"model.router": "hash"}}},
-            "optim.eps is never varied.*model.router is 'top_k' in every trial",
+            "optim.eps is never varied.*as configured: {'model.router': 'top_k'}",
         ),
         (
             {
                 "model.router": {"choice": ["top_k", "random"]},
                 "optim.eps": {"choice": [1], "when": {"model.router": "hash"}},
             },
-            r"optim.eps is never varied.*gives model.router none of \['hash'\]",
+            r"optim.eps is never varied: no trial meets its `when`, {'model.router': 'hash'}",
         ),
+        (
+            {
+                "model.router": {"choice": ["top_k", "hash"]},
+                "model.score_func": {"choice": ["sigmoid"], "when": {"model.router": "top_k"}},
+                "optim.eps": {"choice": [1], "when": {"model.router": "hash", "model.score_func": "sigmoid"}},
+            },
+            "optim.eps is never varied",
+        ),
+        (LR | {"optim.eps": {"choice": [1], "when": {"optim.lr": 1e-3}}}, "optim.eps is never varied"),
+        (
+            {
+                "model.preset": {"choice": ["basic", "deepseek_v3"]},
+                "optim.eps": {"choice": [1], "when": {"model.expert_bias": True}},
+            },
+            "looks at model.expert_bias, which model.preset=deepseek_v3 decides.*{model.preset: …}",
+        ),
+        ({"checkpoint.best_metric": {"choice": ["val_loss", "los"]}}, "'los', which no run logs"),
     ],
 )
 def test_conditions_can_be_met(space: dict[str, Any], message: str) -> None:
     refused(LR | space if "optim.lr" not in space else space, message)
+
+
+@pytest.mark.parametrize(
+    ("space", "first"),
+    [
+        (
+            {
+                "optim.weight_decay": {"integers": [0, 2]},
+                "optim.eps": {"choice": [1e-8], "when": {"optim.weight_decay": 1.0}},
+            },
+            [],
+        ),
+        (
+            {
+                "model.score_func": {"choice": ["sigmoid"]},
+                "model.route_scale": {"choice": [1.5, 2.0], "when": {"model.score_func": "softmax"}},
+            },
+            [{"model.route_scale": 2.0}],
+        ),
+        (
+            {
+                "model.router": {"choice": ["top_k", "hash"]},
+                "model.score_func": {"choice": ["sigmoid"], "when": {"model.router": "top_k"}},
+                "optim.eps": {"choice": [1e-8], "when": {"model.score_func": "softmax"}},
+            },
+            [],
+        ),
+        ({"optim.eps": {"choice": [1e-8], "when": {"model.rope_scaling": {"type": "linear", "factor": 2}}}}, []),
+        ({"optim.eps": {"choice": [1e-8], "when": {"optim.lr": 1e-3}}}, [{"optim.lr": 1e-3}]),
+    ],
+)
+def test_conditions_that_some_trial_meets_are_taken(space: dict[str, Any], first: list[dict[str, Any]]) -> None:
+    model = {"rope_scaling": {"type": "linear", "factor": 2}}
+    config = build_config({"model": model, "sweep": {"space": LR | space, "first": first}})
+    check_sweep(config)
+    values = [Search(config, []).propose(), *(draw(config, number) for number in range(20))]
+    assert any([*LR, *space][-1] in (of if isinstance(of, dict) else of.values) for of in values)
+
+
+def test_what_a_folder_decides_is_judged_when_it_is_read(tmp_path: Path) -> None:
+    sizes = {"dim": 32, "num_layers": 2, "num_experts": 8, "expert_dim": 16, "vocab_size": 64}
+    groups = {"num_expert_groups": 2, "num_limited_groups": 1}
+    model = build_model(ModelConfig(preset="deepseek_v3", top_k=2, **sizes, **groups), seed=0)
+    save_folder(model, tmp_path / "model", tokenizer_json=b"{}", sidecars={}, dtype=None)
+    for has_bias in (True, False):
+        space = {"optim.eps": {"choice": [1e-8], "when": {"model.expert_bias": has_bias}}}
+        config = build_config({"model": {"init_from": str(tmp_path / "model")}, "sweep": {"space": LR | space}})
+        check_sweep(config)
+        if has_bias:
+            check_sweep(resolve_model(config))
+        else:
+            with pytest.raises(ConfigError, match=r"optim.eps is never varied"):
+                check_sweep(resolve_model(config))
+
+
+def test_a_misspelled_metric_of_checkpoints_is_told_before_any_trial() -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint.best_metric names 'val_los'"):
+        check_sweep(build_config({"checkpoint": {"best_metric": "val_los"}, "sweep": {"space": LR}}))
+
+
+def test_values_of_a_grid_that_repeat_count_once() -> None:
+    space = {"model.top_k": {"choice": [1, 1, 2]}}
+    check_sweep(build_config({"sweep": {"space": space, "algorithm": "grid", "trials": 2}}))
 
 
 @pytest.mark.parametrize(

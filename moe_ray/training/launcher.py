@@ -44,6 +44,7 @@ from moe_ray.training.trainer import ElasticTrainer, StopSwitch
 
 _logger = logging.getLogger(__name__)
 _REACH_SECONDS = 20.0
+_LAST_PORT = 65_535
 
 
 def run_training(config: Config, switch: StopSwitch | None = None) -> int:
@@ -170,6 +171,8 @@ def _reach(address: str) -> None:
     """Ray itself waits for minutes where nothing listens."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdecimal() and "/" not in host:
+        if int(port) > _LAST_PORT:
+            raise ValueError(f"{port} is no port")
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
 
 

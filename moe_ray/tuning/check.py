@@ -3,34 +3,20 @@
 import importlib.util
 import itertools
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
-from moe_ray.config import Config, check_setting
+from moe_ray.config import Config
 from moe_ray.errors import ConfigError
-from moe_ray.explain import nearest
-from moe_ray.sweep_config import AutoConfig, Dimension, SweepConfig
+from moe_ray.sweep_config import AutoConfig, SweepConfig
 from moe_ray.telemetry.samples import EVALUATED, check_metric
 from moe_ray.tuning.auto.ladder import check_auto
-from moe_ray.tuning.space import (
-    alternatives,
-    configured,
-    contains,
-    grace_steps,
-    grid_points,
-    mutable_settings,
-    with_configured,
-)
+from moe_ray.tuning.check_space import check_space
+from moe_ray.tuning.space import count_values, grace_steps, grid_points, mutable_settings
 
-# Of the sweep, or without effect on training.
-_FIXED_SECTIONS = ("sweep", "serve", "telemetry")
-_FIXED = ("train.name", "train.storage", "train.steps", "train.until")
 _MUTABLE_MODEL_FIELDS = (
     *("load_balancing_loss_weight", "router_z_loss_weight", "router_jitter"),
     *("expert_bias_update_rate", "capacity_factor"),
 )
-# Of the way from one end of a range to the other: no whole number.
-_INSIDE = (math.sqrt(5) - 1) / 2
 
 
 def check_sweep(config: Config) -> None:
@@ -41,6 +27,7 @@ def check_sweep(config: Config) -> None:
             algorithm, scheduler and space do not fit.
     """
     sweep = config.sweep
+    check_metric("checkpoint.best_metric", config.checkpoint.best_metric)
     if sweep.auto:
         check_auto(config)
         return
@@ -51,13 +38,11 @@ def check_sweep(config: Config) -> None:
             f"train.until={config.train.until} has no meaning in a sweep, whose trials end at train.steps.",
             "leave it out.",
         )
-    _check_space(config)
+    check_space(config)
     if len(sweep.first) > sweep.trials:
         raise ConfigError(
             f"sweep.first has {len(sweep.first)} trials, more than sweep.trials={sweep.trials}.", "raise that."
         )
-    for number, values in enumerate(sweep.first):
-        _check_first(config, f"sweep.first[{number}]", values)
     check_metric("sweep.metric", sweep.metric)
     for bound in sweep.bounds:
         check_metric("sweep.constraints", bound.metric)
@@ -75,123 +60,6 @@ def _check_meaning(sweep: SweepConfig, name: str, needed: str) -> None:
         )
 
 
-def _check_space(config: Config) -> None:
-    space = config.sweep.space
-    if not space:
-        raise ConfigError(
-            "sweep.space varies nothing.", "name settings, such as {optim.lr: {loguniform: [1.0e-4, 1.0e-2]}}."
-        )
-    known: list[str] = []
-    for name, dimension in space.items():
-        _check_dimension(name, dimension)
-        for other, wanted in dimension.when.items():
-            _check_condition(space, known, name, other)
-            if not alternatives(wanted):
-                raise ConfigError(
-                    f"sweep.space.{name}.when names no value of {other}, so that {name} would never be varied.",
-                    f"give the values of {other} with which it is varied, or leave {other} out.",
-                )
-            for value in alternatives(wanted):
-                _check_value(f"sweep.space.{name}.when", other, value)
-            _check_reachable(config, name, other)
-        known.append(name)
-
-
-def _check_dimension(name: str, dimension: Dimension) -> None:
-    if name.partition(".")[0] in _FIXED_SECTIONS or name in _FIXED:
-        raise ConfigError(
-            f"sweep.space varies {name}, which all trials have in common.",
-            "vary settings of model, data, parallel or optim, or others of train.",
-        )
-    values = dimension.values
-    if isinstance(values, range):
-        values = sorted({*values[:2], values[-1]})
-    if dimension.bounds is not None:
-        low, high = dimension.bounds
-        values = (low, high, low + _INSIDE * (high - low))
-    for value in values or ():
-        _check_value("sweep.space", name, value)
-
-
-def _check_condition(space: Mapping[str, Dimension], known: Iterable[str], name: str, other: str) -> None:
-    """A condition is met or not by settings that come before."""
-    if name == other:
-        raise ConfigError(f"sweep.space: {name} depends on itself.", f"leave {name} out of its `when`.")
-    if other not in space or other in known:
-        return
-    if name in _conditions(space, other):
-        raise ConfigError(
-            f"sweep.space: {name} and {other} depend on each other.",
-            "leave one of them out of the other's `when`.",
-        )
-    raise ConfigError(
-        f"sweep.space: {name} depends on {other}, which comes after it.", f"put {other} before {name}."
-    )
-
-
-def _check_reachable(config: Config, name: str, other: str) -> None:
-    """Some trial has a value with which the dimension is varied."""
-    of, values = config.sweep.space.get(other), alternatives(config.sweep.space[name].when[other])
-    stands = configured(config, other)
-    can_stand = of is None or bool(of.when)
-    if (can_stand and stands in values) or (of is not None and any(contains(of, value) for value in values)):
-        return
-    has = f"{other} is {stands!r} in every trial" if of is None else f"sweep.space gives {other} none of {values}"
-    raise ConfigError(
-        f"sweep.space.{name} is never varied: its `when` wants {other} to be one of {values}, but {has}.",
-        f"leave {other} out of the `when`, or vary {other} over such a value, too.",
-    )
-
-
-def _conditions(space: Mapping[str, Dimension], name: str) -> set[str]:
-    """What a dimension depends on, and what that depends on, and so on."""
-    found, new = set(), [name]
-    while new:
-        of = space.get(new.pop())
-        added = set() if of is None else set(of.when) - found
-        found |= added
-        new += added
-    return found
-
-
-def _check_first(config: Config, where: str, values: Mapping[str, Any]) -> None:
-    space = config.sweep.space
-    for name, value in values.items():
-        if name not in space:
-            raise ConfigError(
-                f"{where} sets {name}, which is not in sweep.space.", f"did you mean {nearest(name, [*space])!r}?"
-            )
-        _check_value(where, name, value)
-        if not contains(space[name], value):
-            kind = space[name].kind
-            raise ConfigError(
-                f"{where}: {name}={value!r} is not in sweep.space, where it is {kind} "
-                f"{list(getattr(space[name], kind))}.",
-                "use a value from there, or widen that.",
-            )
-    for name in values.keys() - with_configured(config, values).keys():
-        raise ConfigError(
-            f"{where} sets {name}, which is varied only when {space[name].when}.",
-            f"leave {name} out, or set what it depends on.",
-        )
-
-
-def _check_value(where: str, name: str, value: Any) -> None:
-    section, _, field = name.partition(".")
-    if section in Config.model_fields and not field:
-        raise ConfigError(f"{where} names {name!r}, a whole section.", f"name its settings, such as {name}.FIELD.")
-    try:
-        read = check_setting(name, value)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error.problem}", error.fix) from None
-    # Values are compared as they are written.
-    if isinstance(value, str) and not isinstance(read, str):
-        raise ConfigError(
-            f"{where}: {name}={value!r} is text.",
-            f"write {read!r}; YAML takes 1.0e-3 for a number and 1e-3 for a text.",
-        )
-
-
 def _check_algorithm(config: Config) -> None:
     sweep = config.sweep
     if sweep.algorithm == "optuna" and importlib.util.find_spec("optuna") is None:
@@ -206,7 +74,7 @@ def _check_algorithm(config: Config) -> None:
             f"sweep.algorithm=grid cannot try all values of {', '.join(ranges)}.",
             "give choice, grid or integers, or use sweep.algorithm=random.",
         )
-    counts = {name: len(dimension.values or ()) for name, dimension in sweep.space.items()}
+    counts = {name: count_values(dimension) for name, dimension in sweep.space.items()}
     # What has too many values by itself cannot be counted out.
     if max(counts.values()) > sweep.trials or len(sweep.first) + _count_points(config) > sweep.trials:
         _refuse_grid(sweep, counts)

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_ray.config import Config, build_config
 from moe_ray.presets import PRESETS
+from moe_ray.section import Section
 from moe_ray.sweep_config import Dimension
 
 Values = dict[str, Any]
@@ -35,6 +36,12 @@ def draw(config: Config, number: int) -> Values:
     return walk(config, lambda name, of: on_grid[name] if name in on_grid else draw_value(of, generator))
 
 
+def count_values(dimension: Dimension) -> int:
+    """How many different ones a dimension has that is no range of fractions."""
+    values = dimension.values or ()
+    return len(values) if isinstance(values, range) else sum(1 for _ in _distinct(values))
+
+
 def draw_value(dimension: Dimension, generator: random.Random) -> Any:
     """One value of a dimension."""
     if dimension.bounds is None:
@@ -50,9 +57,11 @@ def contains(dimension: Dimension, value: Any) -> bool:
     if dimension.bounds is not None:
         low, high = dimension.bounds
         return isinstance(value, int | float) and low <= value <= high
+    if dimension.integers is None:
+        return value in (dimension.values or ())
     # A range looks for what is no `int` one by one.
-    is_range = dimension.integers is not None
-    return (isinstance(value, int) or not is_range) and value in (dimension.values or ())
+    is_whole = isinstance(value, int | float) and float(value).is_integer()
+    return is_whole and int(value) in (dimension.values or ())
 
 
 def grid_points(config: Config) -> Iterator[Values]:
@@ -63,7 +72,7 @@ def grid_points(config: Config) -> Iterator[Values]:
             yield values
             return
         (name, dimension), *later = rest
-        if not _is_met(config, values, dimension):
+        if not is_met(config, values, dimension):
             yield from extend(values, later)
             return
         for value in _distinct(dimension.values or ()):
@@ -76,7 +85,7 @@ def walk(config: Config, pick: Pick) -> Values:
     """Pick a value of each dimension whose condition is met, in the order of the space."""
     values: Values = {}
     for name, dimension in config.sweep.space.items():
-        if _is_met(config, values, dimension):
+        if is_met(config, values, dimension):
             values[name] = pick(name, dimension)
     return values
 
@@ -112,10 +121,12 @@ def configured(config: Config, name: str) -> Any:
     """The value of a setting where nothing varies it."""
     section, _, field = name.partition(".")
     value = getattr(getattr(config, section), field)
+    if isinstance(value, Section):
+        return value.model_dump(mode="json", exclude_unset=True)
     return list(value) if isinstance(value, tuple) else value
 
 
-def _is_met(config: Config, values: Mapping[str, Any], dimension: Dimension) -> bool:
+def is_met(config: Config, values: Mapping[str, Any], dimension: Dimension) -> bool:
     """Whether a dimension is varied beside these values of those before it."""
     current = {name: values[name] if name in values else configured(config, name) for name in dimension.when}
     return all(current[name] in alternatives(wanted) for name, wanted in dimension.when.items())

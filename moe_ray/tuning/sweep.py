@@ -50,8 +50,8 @@ def run_sweep(config: Config) -> Board:
         ConfigError: a setting is wrong, or the sweep was begun with other settings.
         TrainingError: a signal ended the sweep, or no trial has an objective.
     """
-    check_sweep(config)
     config = resolve_model(with_absolute_storage(config))
+    check_sweep(config)
     storage, switch = open_storage(config.train.run_uri), StopSwitch()
     with hold(storage):
         _check_unchanged(config, storage)

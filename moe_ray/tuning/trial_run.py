@@ -103,13 +103,15 @@ class TrialRun(tune.Trainable):
         if failure is None:
             return {"done": True}
         if isinstance(failure, UserError):
-            return {"done": True, "reason": str(failure), "status": "infeasible"}
+            return {"done": True, "reason": _reason(failure), "status": "infeasible"}
         self._is_told = True
         return {"reason": _reason(failure)}
 
 
 def _reason(failure: Exception) -> str:
+    # Halves of characters, as in names of files that are no text, cannot be written down.
+    said = str(failure).encode(errors="replace").decode()
     if isinstance(failure, MoeRayError):
-        return str(failure)
-    lines = str(failure).strip().splitlines() or [""]
+        return said
+    lines = said.strip().splitlines() or [""]
     return f"{type(failure).__name__}: {lines[-1]}"

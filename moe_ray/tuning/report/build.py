@@ -13,7 +13,7 @@ from moe_ray.tuning.report.cost import cost_parts
 from moe_ray.tuning.report.findings import findings_of, reasons_of
 from moe_ray.tuning.report.importance import importance_parts
 from moe_ray.tuning.report.parallel import parallel_parts
-from moe_ray.tuning.report.sweep import Sweep, cell_of, counted, text_of
+from moe_ray.tuning.report.sweep import Sweep, cell_of, counted, is_number, text_of
 from moe_ray.tuning.report.trade import curve_parts, pareto_parts
 from moe_ray.tuning.trials import Trial
 
@@ -50,7 +50,7 @@ def sweep_page(sweep: Sweep, sections: Sequence[Section] = (), findings: Sequenc
     searched = ", ".join(sweep.settings) or "no setting"
     within = "".join(f", with {bound.metric} {bound.relation} {bound.bound:g}" for bound in sweep.bounds)
     trials = counted(len(sweep.trials), "trial")
-    if len(sweep.trials) < sweep.most:
+    if len(sweep.trials) < sweep.most and any(trial.status in ("pending", "running") for trial in sweep.trials):
         trials += f" so far, of at most {sweep.most}"
     lead = f"A sweep of {trials} for the {which} {sweep.metric}{within}, over {searched}."
     steps = sweep.step_range if any(isinstance(part, Figure) for part in curves) else None
@@ -80,7 +80,11 @@ def _best(sweep: Sweep) -> Part:
 def _text(values: Mapping[str, Any], name: str) -> str | None:
     if name not in values:
         return None
-    return f"{values[name] / 1e6:,.0f} MB" if name.endswith("_bytes") else text_of(values[name])
+    return (
+        f"{values[name] / 1e6:,.0f} MB"
+        if name.endswith("_bytes") and is_number(values[name])
+        else text_of(values[name])
+    )
 
 
 def _compared(sweep: Sweep, *others: str) -> list[str]:

@@ -35,8 +35,9 @@ def cost_text(sweep: Sweep) -> str:
 
 def _row(status: str, trials: Sequence[Trial]) -> list[Cell]:
     steps, flops = sum(trial.steps for trial in trials), _flops(trials)
-    tokens = round(sum(map(_tokens, trials)))
-    return [status, len(trials), _time(trials), f"{flops:.3g}" if flops else None, steps, tokens or None]
+    tokens = sum(map(_tokens, trials))
+    whole = round(tokens) if math.isfinite(tokens) else None
+    return [status, len(trials), _time(trials), f"{flops:.3g}" if flops else None, steps, whole or None]
 
 
 def _flops(trials: Sequence[Trial]) -> float:

@@ -136,10 +136,11 @@ def _numbers(known: Sequence[float]) -> tuple[Callable[[Any], float], list[tuple
     is_log = low > 0 and high / low >= LOG_SPAN
     scale = math.log if is_log else float
     unscale = math.exp if is_log else float
+    # By halves: the whole range may be more than a number can hold, or too little for two of them.
+    span = scale(high) / 2 - scale(low) / 2
 
     def place(value: float) -> float:
-        # By halves: the whole range may be more than a number can hold.
-        return (scale(value) / 2 - scale(low) / 2) / (scale(high) / 2 - scale(low) / 2)
+        return (scale(value) / 2 - scale(low) / 2) / span if span else 0.5
 
     shown = sorted(set(known))
     if len(shown) > _MOST_VALUES:
