@@ -32,6 +32,7 @@ from moe_ray.telemetry.host import StorageProbe, host_samples
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.notify import Notify, log_alert, open_webhook
 from moe_ray.telemetry.rules import IN_PROCESS
+from moe_ray.telemetry.run_log import RUN_SETTINGS
 from moe_ray.telemetry.run_watch import RunWatch
 from moe_ray.telemetry.watcher import Observe, Watcher, storage_samples
 
@@ -97,7 +98,7 @@ def open_run(given: str) -> tuple[Storage, Config]:
     """
     run = open_storage(given, retry_seconds=1.0)
     try:
-        config = build_config(yaml.safe_load(run.read("config.yaml")))
+        config = build_config(yaml.safe_load(run.read(RUN_SETTINGS)))
     except (FileNotFoundError, yaml.YAMLError, RecursionError, ValueError, AttributeError):
         raise ConfigError(
             f"{given!r} is no run: it has no config.yaml.", "give the folder STORAGE/NAME."

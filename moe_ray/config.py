@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_origin
 
 import yaml
 from pydantic import Field, PositiveFloat, ValidationError, model_validator
@@ -424,7 +424,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     fields = tree.setdefault(section, {})
     if not isinstance(fields, dict):
         raise ConfigError(f"section {section!r} is not a mapping.", f"write {section}: {{{field}: {text}}}.")
-    fields[field] = value
+    name, dot, key = field.partition(".")
+    info = Config.model_fields.get(section)
+    if dot and info is not None and _is_mapping(info.annotation, name):
+        # Keys of a mapping have dots of their own: sweep.space.optim.lr={…}.
+        fields[name] = {**(fields.get(name) or {}), key: value}
+    else:
+        fields[field] = value
+
+
+def _is_mapping(section: Any, field: str) -> bool:
+    info = section.model_fields.get(field)
+    return info is not None and get_origin(info.annotation) is dict
 
 
 def setting_names() -> Iterator[str]:

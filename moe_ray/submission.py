@@ -36,6 +36,11 @@ def read_submission() -> Submission | None:
     return Submission(metadata.pop(_ID), metadata)
 
 
+def inherited() -> dict[str, str]:
+    """Variables with which another process reads the same submission."""
+    return {_VARIABLE: os.environ[_VARIABLE]} if _VARIABLE in os.environ else {}
+
+
 def lasting(name: str, given: str) -> Path:
     """The absolute path of what is to be written.
 

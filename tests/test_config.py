@@ -58,6 +58,19 @@ def test_user_mistakes_are_explained_in_one_line(override: str, message: str) ->
     assert error.value.fix in str(error.value)
 
 
+def test_a_dimension_of_a_sweep_can_be_set_alone() -> None:
+    tree = {"sweep": {"space": {"optim.lr": {"choice": [1.0]}, "model.top_k": {"choice": [1]}}}}
+    config = build_config(tree, ["sweep.space.optim.lr={choice: [2.0]}", "sweep.space.optim.eps={grid: [1]}"])
+    assert {name: of.values for name, of in config.sweep.space.items()} == {
+        "optim.lr": (2.0,),
+        "model.top_k": (1,),
+        "optim.eps": (1,),
+    }
+    assert tree["sweep"]["space"]["optim.lr"] == {"choice": [1.0]}
+    with pytest.raises(ConfigError, match=r"unknown setting 'sweep.space.optim.lr.chioce'"):
+        build_config({}, ["sweep.space.optim.lr={chioce: [1]}"])
+
+
 def test_ep_must_divide_the_experts_even_if_it_divides_the_world() -> None:
     with pytest.raises(ConfigError, match=r"parallel.ep=3 does not divide model.num_experts=8.*1, 2, 4, 8"):
         build_config({}, ["parallel.ep=3", "parallel.workers=3"])

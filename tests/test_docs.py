@@ -99,7 +99,7 @@ def test_spaces_of_the_page_on_sweeps_are_possible() -> None:
 @pytest.mark.slow
 def test_commands_of_the_page_on_sweeps(tmp_path: Path) -> None:
     (tmp_path / "wiki").mkdir()
-    _, commands = blocks("sweeps", "bash")
+    _, commands, _ = blocks("sweeps", "bash")
     sweep, train = commands.splitlines()
     space = "'sweep.space={optim.lr: {loguniform: [0.001, 0.01]}}' sweep.trials=2 sweep.scheduler=asha"
     assert "best trial: " in run_in(tmp_path, f"{sweep} {space} sweep.grace_steps=6")

@@ -26,8 +26,7 @@ from moe_ray.analytics.live.tail import RunTail, Snapshot
 from moe_ray.analytics.live.view import Frame
 from moe_ray.errors import ConfigError
 from moe_ray.storage import open_storage
-from moe_ray.telemetry.run_log import drop_metrics_after
-from moe_ray.tuning.trials import Trial, write_trials
+from moe_ray.telemetry.run_log import SWEEP_SETTINGS, drop_metrics_after
 from tests.made_runs import START, metrics_line, restarted, write_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,7 +152,7 @@ def test_mistakes_are_told(arguments: list[str], problem: str) -> None:
 
 @pytest.mark.parametrize("command", [main, report])
 def test_a_sweep_is_no_run(command: Callable[[list[str]], None], tmp_path: Path) -> None:
-    write_trials(open_storage(str(tmp_path)), [Trial(0, "trial-000", {})])
+    (tmp_path / SWEEP_SETTINGS).write_text("{}")
     with pytest.raises(ConfigError, match=r"is a sweep, no run\. Fix: .*trial-NNN"):
         command([str(tmp_path)])
 

@@ -235,8 +235,9 @@ def test_first_trials_may_have_any_value_of_the_space() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"metric": "load_cv_by_layer"}, "sweep.metric names 'load_cv_by_layer', which is not one number"),
         ({"metric": "val_los"}, "sweep.metric names 'val_los', which no run logs.*did you mean 'val_loss'"),
-        ({"metric": "val_perplexity_by_domain"}, "did you mean 'val_perplexity'"),
+        ({"metric": "val_perplexity_by_domain"}, "names 'val_perplexity_by_domain', which is not one number"),
         ({"constraints": ["laod_cv <= 0.3"]}, "sweep.constraints names 'laod_cv', which no.*mean 'load_cv'"),
         ({"constraints": ["load_cv about 0.3"]}, "'load_cv about 0.3', which is no bound"),
         ({"constraints": ["loss >= 3", "loss <= 2"]}, "'loss >= 3' and 'loss <= 2', which no trial can meet"),

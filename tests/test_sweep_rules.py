@@ -17,15 +17,16 @@ from moe_ray.checkpoint.fork import fork
 from moe_ray.config import Config, build_config, to_yaml
 from moe_ray.errors import CheckpointError, ConfigError, DataError
 from moe_ray.storage import open_storage
-from moe_ray.telemetry.run_log import METRICS, read_metrics
+from moe_ray.telemetry.run_log import METRICS, RUN_SETTINGS, SWEEP_SETTINGS, read_metrics
+from moe_ray.training.launcher import run_training
 from moe_ray.tuning.board import Board
 from moe_ray.tuning.changes import CHANGES, read_changes, write_changes
 from moe_ray.tuning.outcome import BEST, write_outcome
 from moe_ray.tuning.population import perturb, plan
 from moe_ray.tuning.report.build import SWEEP_PAGE
-from moe_ray.tuning.sweep import SETTINGS, run_sweep, sweep_samples
+from moe_ray.tuning.sweep import run_sweep, sweep_samples
 from moe_ray.tuning.table import Table
-from moe_ray.tuning.trials import Trial, read_trials
+from moe_ray.tuning.trials import Trial, read_trials, write_trials
 from moe_ray.tuning.tuner import asha
 from tests.lives import live, tiny_trainer
 
@@ -147,7 +148,7 @@ def test_a_log_gets_a_line_for_each_change_and_the_table_at_the_end(tmp_path: Pa
     assert "trial 2 finished at step" in said
     assert "trial 1 failed at step 9, val_loss 4: optim.lr=0.01, optim.beta1=0.8 (no room)" in said
     lines = text.getvalue().splitlines()
-    assert lines[0].strip() == "s: 1 failed, 1 finished, 1 pending; 27 steps"
+    assert lines[0].strip() == "s: 1 failed, 1 finished, 1 pending of at most 16 trials; 27 steps"
     assert [line.split("│")[1].strip() for line in lines[4:-1]] == ["2", "0", "1"]
 
 
@@ -169,7 +170,7 @@ def test_a_sweep_goes_on_with_other_settings_if_they_have_no_effect(
     train = [f"train.storage={tmp_path}", "train.eval_every=3"]
     before = build_config(sweep_of(scheduler=scheduler, **steps).model_dump(mode="json"), train)
     now = build_config(sweep_of(scheduler=scheduler, **steps | changed).model_dump(mode="json"), train)
-    open_storage(before.train.run_uri).write(SETTINGS, to_yaml(before).encode())
+    open_storage(before.train.run_uri).write(SWEEP_SETTINGS, to_yaml(before).encode())
     with pytest.raises(ConfigError, match=message):
         run_sweep(now)
 
@@ -185,10 +186,12 @@ def test_a_sweep_goes_on_with_other_settings_if_they_have_no_effect(
 )
 def test_damaged_settings_of_a_sweep_are_told(tmp_path: Path, content: bytes, why: str) -> None:
     config = build_config(sweep_of().model_dump(mode="json"), [f"train.storage={tmp_path}"])
-    open_storage(config.train.run_uri).write(SETTINGS, content)
-    with pytest.raises(DataError, match=f"{SETTINGS} of .* cannot be used: {why}.*restore it, or set another"):
+    open_storage(config.train.run_uri).write(SWEEP_SETTINGS, content)
+    with pytest.raises(
+        DataError, match=f"{SWEEP_SETTINGS} of .* cannot be used: {why}.*restore it, or set another"
+    ):
         run_sweep(config)
-    assert open_storage(config.train.run_uri).read(SETTINGS) == content
+    assert open_storage(config.train.run_uri).read(SWEEP_SETTINGS) == content
 
 
 def test_changes_of_a_population_are_read_as_they_were_written(storage_uri: str) -> None:
@@ -216,3 +219,33 @@ def test_a_sweep_leaves_its_outcome_on_any_storage(storage_uri: str) -> None:
     assert (best.optim.lr, best.optim.beta1) == (1e-2, 0.8)
     page = board.storage.read(SWEEP_PAGE).decode()
     assert "Trials that went on from others" in page
+
+
+def test_runs_and_sweeps_keep_out_of_each_others_folders(tmp_path: Path) -> None:
+    config = build_config(sweep_of().model_dump(mode="json"), [f"train.storage={tmp_path}"])
+    folder = open_storage(config.train.run_uri)
+    folder.write(SWEEP_SETTINGS, to_yaml(config).encode())
+    with pytest.raises(ConfigError, match=r"is the folder of a sweep. Fix: set another train.name"):
+        run_training(config)
+    folder.delete(SWEEP_SETTINGS)
+    folder.write(RUN_SETTINGS, to_yaml(config).encode())
+    with pytest.raises(ConfigError, match=r"is the folder of a run. Fix: set another train.name"):
+        run_sweep(config)
+
+
+def test_a_sweep_that_has_ended_needs_no_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "nowhere")
+    config = build_config(sweep_of(trials=8).model_dump(mode="json"), [f"train.storage={tmp_path}"])
+    folder = open_storage(config.train.run_uri)
+    folder.write(SWEEP_SETTINGS, to_yaml(config).encode())
+    write_trials(folder, [replace(trial, status="finished") for trial in population()])
+    with caplog.at_level("INFO", "moe_ray"):
+        assert len(run_sweep(config).trials) == 8
+    assert "all 8 trials have ended; nothing to do" in caplog.text
+    assert folder.exists(SWEEP_PAGE)
+    write_trials(folder, population())
+    with caplog.at_level("INFO", "moe_ray"), pytest.raises(ConfigError, match="no cluster at RAY_ADDRESS"):
+        run_sweep(config)
+    assert "0 trials have ended, 8 go on from their checkpoints" in caplog.text

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _LOADS = "load_by_layer"
-_BY_LAYER = "_by_layer"
+BY_LAYER = "_by_layer"
 BY_DOMAIN = "val_perplexity_by_domain"
 _MOST_STEPS = 1 << 53
 _LATEST = 1e11
@@ -42,7 +42,7 @@ def is_step(record: Mapping[str, Any]) -> bool:
         return False
     if not (domains is None or (isinstance(domains, dict) and all(map(_is_known, domains.values())))):
         return False
-    lists = [value for name, value in record.items() if name.endswith(_BY_LAYER) and name != _LOADS]
+    lists = [value for name, value in record.items() if name.endswith(BY_LAYER) and name != _LOADS]
     if not all(isinstance(values, list) and all(map(_is_known, values)) for values in lists):
         return False
     if loads is not None and not _is_rectangle(loads):

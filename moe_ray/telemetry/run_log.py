@@ -22,6 +22,9 @@ from moe_ray.telemetry.records import is_step, parse_record, time_of
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 ALERTS = "alerts.jsonl"
+# By which the folder of a run is known, and that of a sweep.
+RUN_SETTINGS = "config.yaml"
+SWEEP_SETTINGS = "sweep.yaml"
 _UPLOAD_SECONDS = 5.0
 _logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from moe_ray.config import Config
 from moe_ray.errors import ConfigError
 from moe_ray.explain import nearest
-from moe_ray.telemetry.records import BY_DOMAIN, is_number
+from moe_ray.telemetry.records import BY_DOMAIN, BY_LAYER, is_number
 
 PHASES = ("data", "forward", "dispatch", "backward", "reduce", "optimizer")
 EVENTS = ("job", "start", "failure", "waiting", "drain", "resize", "restart", "yield", "stop")
@@ -72,6 +72,8 @@ def check_metric(where: str, metric: str) -> None:
     Raises:
         ConfigError: `where`, a setting, names it.
     """
+    if metric.endswith((BY_DOMAIN, BY_LAYER)):
+        raise ConfigError(f"{where} names {metric!r}, which is not one number.", "name one, such as val_loss.")
     if metric not in RECORDED:
         raise ConfigError(
             f"{where} names {metric!r}, which no run logs.",

@@ -34,6 +34,7 @@ from moe_ray.storage.lease import fence, hold
 from moe_ray.submission import read_submission, with_absolute_storage
 from moe_ray.telemetry.logs import setup_logging
 from moe_ray.telemetry.progress import show_progress
+from moe_ray.telemetry.run_log import RUN_SETTINGS, SWEEP_SETTINGS
 from moe_ray.telemetry.samples import check_metric, submission_samples, training_samples
 from moe_ray.telemetry.trackers.follow import check_trackers, follow_run
 from moe_ray.telemetry.watcher import watch_training
@@ -64,6 +65,8 @@ def run_training(config: Config, switch: StopSwitch | None = None) -> int:
     check_metric("checkpoint.best_metric", config.checkpoint.best_metric)
     check_trackers(config)
     run = open_storage(config.train.run_uri, config.checkpoint.retry_seconds)
+    if run.exists(SWEEP_SETTINGS):
+        raise ConfigError(f"{run.uri!r} is the folder of a sweep.", "set another train.name.")
     with hold(run) as lease:
         return _run(config, run, lease.token, switch)
 
@@ -80,7 +83,7 @@ def _run(config: Config, run: Storage, lease: str, switch: StopSwitch | None) ->
             return found.step
     if run.local is None:
         share(data_dir, open_storage(config.train.storage, config.checkpoint.retry_seconds))
-    run.write("config.yaml", to_yaml(config).encode())
+    run.write(RUN_SETTINGS, to_yaml(config).encode())
     _set_ray_train_defaults(config.parallel)
     connect(config.parallel)
     with (
@@ -96,7 +99,7 @@ def _run(config: Config, run: Storage, lease: str, switch: StopSwitch | None) ->
 
 def _set_ray_train_defaults(parallel: ParallelConfig) -> None:
     defaults = {
-        # The controller takes one report an interval; its default of 2 s would hold back short steps.
+        # How often the controller looks after the workers: with the default of 2 s it hears late of a loss.
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
         "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(parallel.timeout_seconds),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
@@ -138,20 +141,36 @@ def connect(parallel: ParallelConfig, *, log_to_driver: bool = True) -> None:
     num_cpus = max(os.cpu_count() or 1, math.ceil(parallel.max_workers * parallel.cpus_per_worker))
     _logger.info("starting Ray on this machine")
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=True,
-            log_to_driver=log_to_driver,
-            logging_level=logging.WARNING,
-            _node_ip_address="127.0.0.1",
-        )
+        _start(num_cpus, log_to_driver)
     # Ray raises bare exceptions here too, as when a busy machine takes too long.
     except Exception as error:
-        raise TrainingError(
-            f"Ray did not start on this machine: {_first_line(error)}.",
-            "see that memory, processors and room for temporary files are left, and run the same command again.",
-        ) from error
+        if "timed out" not in str(error):
+            raise _no_start(error) from error
+        _logger.warning("Ray did not start in time; trying once more")
+        try:
+            _start(num_cpus, log_to_driver)
+        except Exception as again:
+            raise _no_start(again) from again
+
+
+def _start(num_cpus: int, log_to_driver: bool) -> None:
+    # That a token is required is for the documentation to say.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=True,
+        log_to_driver=log_to_driver,
+        logging_level=logging.WARNING,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def _no_start(error: Exception) -> TrainingError:
+    return TrainingError(
+        f"Ray did not start on this machine: {_first_line(error)}.",
+        "see that memory, processors and room for temporary files are left, and run the same command again.",
+    )
 
 
 def _join(log_to_driver: bool) -> None:
@@ -255,7 +274,7 @@ def _worker(arguments: dict[str, Any]) -> Ended:
         data_dir = obtain(data_dir, arguments["data_digest"], store)
     is_first = context.get_world_rank() == 0
     with follow_run(config, run) if is_first else nullcontext() as track:
-        report = _reporter(config, arguments["submission"], track)
+        report = (lambda _: None) if track is None else _reporter(config, arguments["submission"], track)
         return train(config, mesh, data_dir, report, lambda: fence(run, arguments["lease"]))
 
 
@@ -270,22 +289,19 @@ def _worker_memory(parallel: ParallelConfig, device: torch.device, local_world: 
 
 
 def _reporter(
-    config: Config, submission: str | None, track: Callable[[dict[str, Any]], None] | None
+    config: Config, submission: str | None, track: Callable[[dict[str, Any]], None]
 ) -> Callable[[dict[str, Any]], None]:
-    """What is done with each record.
+    """What rank 0 does with each record. Ray Train is told nothing: it would take four a second.
 
     Args:
         submission: the job server's id of the job; None if it was not submitted.
-        track: hands it to the trackers, on rank 0; None on others.
+        track: hands it to the trackers.
     """
     ray_metrics = RayMetrics()
 
     def report(metrics: dict[str, Any]) -> None:
-        if track is not None:
-            ray_metrics.send(training_samples(metrics, config))
-            ray_metrics.send(submission_samples(config.train.name, submission))
-            track(metrics)
-        # Ray Train keeps numbers; what is by layer stands in metrics.jsonl.
-        ray.train.report({name: value for name, value in metrics.items() if isinstance(value, int | float)})
+        ray_metrics.send(training_samples(metrics, config))
+        ray_metrics.send(submission_samples(config.train.name, submission))
+        track(metrics)
 
     return report

@@ -64,7 +64,9 @@ def _sweep(board: Board, best: Trial | None) -> Sweep:
     if best is not None and violation(config.sweep.bounds, best.metrics) is not None:
         best = None
     trials = [board.trials[number] for number in sorted(board.trials)]
-    is_min = config.sweep.mode == "min"
+    is_min, train = config.sweep.mode == "min", config.train
+    varied = {"train.global_batch", "train.eval_batches", "data.sequence_length"}
+    evaluated = train.eval_batches * train.global_batch * config.data.sequence_length
     return Sweep(
         config.train.name,
         trials,
@@ -76,6 +78,7 @@ def _sweep(board: Board, best: Trial | None) -> Sweep:
         configured=None if config.sweep.auto else with_configured(config, {}),
         bounds=config.sweep.bounds,
         most=config.sweep.trials,
+        held_out_tokens=0 if varied & config.sweep.space.keys() else evaluated,
         changes=tuple(read_changes(board.storage, board.trials)) if config.sweep.scheduler == "pbt" else (),
     )
 

@@ -1,5 +1,6 @@
 """A sweep from its settings to its best trial; the same again goes on with one that was interrupted."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from moe_ray.models.hf.resolve import resolve_model
 from moe_ray.ray_metrics import RayMetrics
 from moe_ray.storage import Storage, open_storage
 from moe_ray.storage.lease import hold
-from moe_ray.telemetry.run_log import read_metrics
+from moe_ray.telemetry.run_log import RUN_SETTINGS, SWEEP_SETTINGS, read_metrics
 from moe_ray.telemetry.samples import Sample
 from moe_ray.training.cluster_view import count_slots
 from moe_ray.training.launcher import connect, with_absolute_storage
@@ -32,7 +33,7 @@ from moe_ray.tuning.table import Table
 from moe_ray.tuning.trials import Status, Trial, damaged
 from moe_ray.tuning.tuner import Work, asha, run_trials
 
-SETTINGS = "sweep.yaml"
+_logger = logging.getLogger(__name__)
 _PUBLISH_SECONDS = 60.0
 # What may change when a sweep goes on.
 _FREE = {"sweep": {"trials", "concurrent", "retries"}, "telemetry": None, "serve": None}
@@ -54,9 +55,19 @@ def run_sweep(config: Config) -> Board:
     check_sweep(config)
     storage, switch = open_storage(config.train.run_uri), StopSwitch()
     with hold(storage):
+        if storage.exists(RUN_SETTINGS):
+            raise ConfigError(f"{storage.uri!r} is the folder of a run.", "set another train.name.")
         _check_unchanged(config, storage)
-        storage.write(SETTINGS, to_yaml(config).encode())
+        storage.write(SWEEP_SETTINGS, to_yaml(config).encode())
         board = _board(config, storage)
+        if len(board.trials) >= config.sweep.trials and not board.with_status("pending"):
+            _logger.info("all %d trials have ended; nothing to do", len(board.trials))
+            write_outcome(board)
+            return board
+        if board.trials:
+            waiting = len(board.with_status("pending"))
+            ended = len(board.trials) - waiting
+            _logger.info("going on: %d trials have ended, %d go on from their checkpoints", ended, waiting)
         _connect(config)
         # Ray has just put handlers of its own in place.
         with stop_on_signals(switch), Table(board) as table:
@@ -145,7 +156,7 @@ def _publisher(board: Board) -> Callable[[Trial], None]:
 def _check_unchanged(config: Config, storage: Storage) -> None:
     """A sweep goes on only with the trials that it would have had."""
     try:
-        content = storage.read(SETTINGS)
+        content = storage.read(SWEEP_SETTINGS)
     except FileNotFoundError:
         return
     try:
@@ -153,11 +164,11 @@ def _check_unchanged(config: Config, storage: Storage) -> None:
     except (yaml.YAMLError, UnicodeDecodeError):
         tree = None
     if not isinstance(tree, dict):
-        raise damaged(storage, SETTINGS, "it holds no settings")
+        raise damaged(storage, SWEEP_SETTINGS, "it holds no settings")
     try:
         before = build_config(tree)
     except ConfigError as error:
-        raise damaged(storage, SETTINGS, error.problem.rstrip(".")) from None
+        raise damaged(storage, SWEEP_SETTINGS, error.problem.rstrip(".")) from None
     now, then = config.model_dump(mode="json"), before.model_dump(mode="json")
     for section, fields in now.items():
         free = _FREE.get(section, set())

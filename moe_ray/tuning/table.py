@@ -87,7 +87,8 @@ def _title(board: Board) -> str:
         status: sum(trial.status == status for trial in trials) for status in {trial.status for trial in trials}
     }
     said = ", ".join(f"{count} {status}" for status, count in sorted(counts.items()))
-    return f"{board.config.train.name}: {said or 'no trials'}; {sum(trial.steps for trial in trials):,} steps"
+    most, steps = board.config.sweep.trials, sum(trial.steps for trial in trials)
+    return f"{board.config.train.name}: {said or 'none'} of at most {most} trials; {steps:,} steps"
 
 
 def _line(board: Board, trial: Trial) -> str:

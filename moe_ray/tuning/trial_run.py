@@ -1,5 +1,6 @@
 """A trial: an ordinary training run in Ray Tune's hands, of which its log is what Tune hears."""
 
+import os
 import threading
 import time
 from typing import Any
@@ -28,9 +29,10 @@ class TrialRun(tune.Trainable):
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Start to train; the settings, what to report and after which step come in `config`."""
+        """Start to train; settings, variables, what to report and after which step come in `config`."""
         self._arguments = config
         settings = build_config(config["settings"])
+        os.environ |= config["environment"]
         setup_logging(settings.telemetry, run=settings.train.name)
         self._tail = LogTail(open_storage(settings.train.run_uri), METRICS)
         self._records: list[dict[str, Any]] = []

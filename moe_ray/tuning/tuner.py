@@ -15,6 +15,7 @@ from ray.tune.search import Searcher
 
 from moe_ray.config import Config
 from moe_ray.errors import ConfigError, UserError
+from moe_ray.submission import inherited
 from moe_ray.training.trainer import StopSwitch
 from moe_ray.tuning.board import Board
 from moe_ray.tuning.objective import score
@@ -157,6 +158,7 @@ class _Feed(_NotKept, Searcher):
             return {
                 "number": trial.number,
                 "settings": settings.model_dump(mode="json"),
+                "environment": inherited(),
                 "metric": self._board.config.sweep.metric,
                 "after": self._work.after,
             }

@@ -11,9 +11,7 @@ from moe_ray.checkpoint.catalog import list_steps
 from moe_ray.storage import Storage
 from moe_ray.telemetry.history import parse_metrics
 from moe_ray.telemetry.records import is_number
-from moe_ray.telemetry.run_log import METRICS, read_events
-
-_CONFIG = "config.yaml"
+from moe_ray.telemetry.run_log import METRICS, RUN_SETTINGS, read_events
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class RunTail:
 
     def _target(self) -> int | None:
         try:
-            settings = yaml.safe_load(self.run.read(_CONFIG))
+            settings = yaml.safe_load(self.run.read(RUN_SETTINGS))
             steps = settings["train"]["steps"]
         except (FileNotFoundError, KeyError, TypeError, ValueError, RecursionError, yaml.YAMLError):
             return None

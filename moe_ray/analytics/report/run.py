@@ -15,11 +15,7 @@ from moe_ray.config import Config, build_config
 from moe_ray.errors import ConfigError
 from moe_ray.storage import Storage, open_storage
 from moe_ray.telemetry.history import History, read_history
-from moe_ray.telemetry.run_log import EVENTS, METRICS, read_events
-
-CONFIG = "config.yaml"
-# Of a sweep, which is of a layer above.
-_TRIALS = "trials.jsonl"
+from moe_ray.telemetry.run_log import EVENTS, METRICS, RUN_SETTINGS, SWEEP_SETTINGS, read_events
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ def read_run(uri: str) -> Run:
         StorageError: it cannot be read now.
     """
     storage, name = open_run(uri)
-    content = storage.read(CONFIG) if storage.exists(CONFIG) else b""
+    content = storage.read(RUN_SETTINGS) if storage.exists(RUN_SETTINGS) else b""
     settings = _parse(content)
     history = read_history(storage, most_layers=_layer_rows(settings))
     events = read_events(storage)
@@ -100,13 +96,13 @@ def open_run(uri: str) -> tuple[Storage, str]:
         StorageError: it cannot be read now.
     """
     storage = open_storage(uri)
-    if not any(storage.exists(name) for name in (CONFIG, METRICS, EVENTS)):
-        if storage.exists(_TRIALS):
+    if not any(storage.exists(name) for name in (RUN_SETTINGS, METRICS, EVENTS)):
+        if storage.exists(SWEEP_SETTINGS):
             raise ConfigError(
                 f"{uri!r} is a sweep, no run.", "give the folder of one of its trials in it, trial-NNN."
             )
         raise ConfigError(
-            f"{uri!r} holds no run: it has neither {CONFIG} nor {METRICS}.",
+            f"{uri!r} holds no run: it has neither {RUN_SETTINGS} nor {METRICS}.",
             "give the folder of a run, STORAGE/NAME, or its s3:// or gs:// URI.",
         )
     base = uri.partition("?")[0] if storage.local is None else str(storage.local)

@@ -16,7 +16,7 @@ import yaml
 from moe_ray.config import Config, build_config
 from moe_ray.errors import ConfigError, StorageError, TrainingError
 from moe_ray.storage import Storage, open_storage
-from moe_ray.telemetry.run_log import read_events, read_metrics
+from moe_ray.telemetry.run_log import RUN_SETTINGS, read_events, read_metrics
 from moe_ray.training.chaos.cluster import own_address
 from moe_ray.training.chaos.faults import NotPossibleError, Options, Stage, strike
 from moe_ray.training.chaos.network import insert_proxy
@@ -87,7 +87,7 @@ def _check_reference(config: Config) -> None:
     """A reference of other settings would show differences that no fault has made."""
     run = open_storage(config.train.run_uri)
     try:
-        then = build_config(yaml.safe_load(run.read("config.yaml")))
+        then = build_config(yaml.safe_load(run.read(RUN_SETTINGS)))
     except FileNotFoundError:
         return
     then = _with(then, name=config.train.name, storage=config.train.storage, log_every=config.train.log_every)

@@ -8,6 +8,7 @@ from moe_ray.analytics.report.page import render
 from moe_ray.analytics.report.parts import Cell, Figure, Finding, Missing, Page, Part, Section, Table
 from moe_ray.analytics.report.spec import short
 from moe_ray.storage import Storage
+from moe_ray.telemetry.samples import EVALUATED
 from moe_ray.tuning.changes import Change
 from moe_ray.tuning.report.cost import cost_parts
 from moe_ray.tuning.report.findings import findings_of, reasons_of
@@ -53,6 +54,8 @@ def sweep_page(sweep: Sweep, sections: Sequence[Section] = (), findings: Sequenc
     if len(sweep.trials) < sweep.most and any(trial.status in ("pending", "running") for trial in sweep.trials):
         trials += f" so far, of at most {sweep.most}"
     lead = f"A sweep of {trials} for the {which} {sweep.metric}{within}, over {searched}."
+    if sweep.metric in EVALUATED and sweep.held_out_tokens:
+        lead += f" Trials are evaluated on at most {sweep.held_out_tokens:,} held-out tokens, the same for all."
     steps = sweep.step_range if any(isinstance(part, Figure) for part in curves) else None
     return Page(sweep.name, lead, [*findings, *findings_of(sweep)], parts, steps)
 
@@ -71,7 +74,8 @@ def _best(sweep: Sweep) -> Part:
     rows += [(name, *(_text(numbers, name) for _, _, numbers in sides)) for name in metrics]
     note = (
         f"Run {best.run}, {counted(best.steps, 'step')}, seed {best.seed}; what another seed would change is not "
-        "known. best.yaml has all settings, metrics.jsonl of the run all numbers."
+        "known. `python jobs/train.py FOLDER/best.yaml` trains these settings as a run of their own; its "
+        "metrics.jsonl has all numbers."
     )
     head = ("setting or metric", *(name for name, _, _ in sides))
     return Table(head, rows, f"Trial {best.number}", note)
@@ -151,7 +155,7 @@ def _row(sweep: Sweep, trial: Trial, metrics: Sequence[str]) -> list[Cell]:
         trial.status,
         trial.steps,
         *(cell_of(trial.values.get(name)) for name in sweep.settings),
-        None if trial.flops_per_token is None else f"{trial.flops_per_token:.3g}",
+        trial.flops_per_token,
         trial.active_parameters,
         round(trial.seconds),
         trial.attempts,

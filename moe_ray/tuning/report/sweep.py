@@ -36,6 +36,7 @@ class Sweep:
             with it.
         bounds: on metrics; trials within them are better than any that is not.
         most: trials that it may have.
+        held_out_tokens: of an evaluation, at most; 0: not known, or not the same for all.
         changes: which trials went on from which others.
     """
 
@@ -49,6 +50,7 @@ class Sweep:
     configured: Mapping[str, Any] | None = None
     bounds: tuple[Constraint, ...] = ()
     most: int = 0
+    held_out_tokens: int = 0
     changes: tuple[Change, ...] = ()
 
     @property
