@@ -74,8 +74,7 @@ def _best(sweep: Sweep) -> Part:
     rows += [(name, *(_text(numbers, name) for _, _, numbers in sides)) for name in metrics]
     note = (
         f"Run {best.run}, {counted(best.steps, 'step')}, seed {best.seed}; what another seed would change is not "
-        "known. `python jobs/train.py FOLDER/best.yaml` trains these settings as a run of their own; its "
-        "metrics.jsonl has all numbers."
+        "known. jobs/train.py takes best.yaml beside this page; metrics.jsonl of the run has all numbers."
     )
     head = ("setting or metric", *(name for name, _, _ in sides))
     return Table(head, rows, f"Trial {best.number}", note)

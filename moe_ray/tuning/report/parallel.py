@@ -63,7 +63,7 @@ def _spec(sweep: Sweep, names: Sequence[str], points: list[dict], ticks: list[di
         "field": "row",
         "type": "quantitative",
         "axis": None,
-        "scale": {"domain": [-0.6, len(names) - 0.5], "reverse": True, "nice": False},
+        "scale": {"domain": [-0.6, len(names) - 0.3], "reverse": True, "nice": False},
     }
     last = _NOT_SET + 0.08 if any(tick["at"] > 1 for tick in ticks) else 1.03
     x = {"field": "at", "type": "quantitative", "axis": None, "scale": {"domain": [-0.03, last], "nice": False}}
@@ -94,10 +94,12 @@ def _spec(sweep: Sweep, names: Sequence[str], points: list[dict], ticks: list[di
         "mark": {"type": "rule", "color": "currentColor", "opacity": 0.4},
         "encoding": {**encoding, "x2": {"field": "end"}},
     }
+    # No line passes below the last axis, and the best one ends at its beginning.
+    dy = {"expr": f"datum.row == {len(names) - 1} ? 31 : -13"}
     title = {
         "name": "halo_titles",
         "data": axes,
-        "mark": {"type": "text", "align": "left", "dy": -13, "fontSize": 12, "fontWeight": "bold", "limit": 300},
+        "mark": {"type": "text", "align": "left", "dy": dy, "fontSize": 12, "fontWeight": "bold", "limit": 300},
         "encoding": {**encoding, "text": {"field": "name"}},
     }
     # Labels of the ends of an axis stay within it.
