@@ -6,8 +6,7 @@ replicas, then nodes, then the limit of nodes, so that training makes way. A spo
 killed. The load goes: replicas, then nodes go, and training comes back. At the end its samples and losses are
 compared with an undisturbed run of one process. All run on this machine, the load included.
 
-Targets: no failed request, no lost sample, losses of the undisturbed run. `--model` serves a language model
-instead; its replicas import torch, which takes two processors a minute or more.
+Targets: no failed request, no lost sample, losses of the undisturbed run.
 """
 
 import argparse
@@ -208,7 +207,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--spot-nodes", type=int, default=2, help="most")
     parser.add_argument("--max-nodes", type=int, default=3, help="of both kinds")
     parser.add_argument("--idle-seconds", type=float, default=15)
-    parser.add_argument("--model", action="store_true", help="serve a tiny language model")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "nodes.json")
     options = parser.parse_args()
     options.plan = {

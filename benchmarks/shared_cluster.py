@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 from http_load import post
-from serve_http import ROOT, make_model
+from serve_http import ROOT
 
 from cluster.head import LOOPBACK, Head, free_port
 from cluster.local import ClusterError, LocalCluster
@@ -174,18 +174,7 @@ def deploy(story: Story) -> list[bytes]:
     from moe_ray.serve_config import ServeConfig
     from moe_ray.serving.autoscaling import make_autoscaling_config
 
-    options = story.options
-    limits = {"min_replicas": LEAST_REPLICAS, "max_replicas": options.replicas, "scale_down_seconds": 10}
-    if options.model:
-        from serve_apps.moe_lm import build
-
-        small = ("model.dim=64", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1")
-        make_model(story.folder / "tiny", *small, "model.expert_dim=64")
-        arguments = {f"serve.{name}": str(value) for name, value in limits.items()}
-        arguments["serve.weights_folder"] = str(story.folder / "weights")
-        serve.run(build({"checkpoint": str(story.folder / "tiny"), **arguments}), name=APPLICATION)
-        body = {"model": "tiny", "prompt": "the cat", "max_tokens": 32, "ignore_eos": True}
-        return [post("/v1/completions", story.port, json.dumps(body).encode())]
+    limits = {"min_replicas": LEAST_REPLICAS, "max_replicas": story.options.replicas, "scale_down_seconds": 10}
     application = serve.deployment(
         name="Holder",
         ray_actor_options={"num_cpus": 1},
