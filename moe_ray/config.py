@@ -426,9 +426,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"section {section!r} is not a mapping.", f"write {section}: {{{field}: {text}}}.")
     name, dot, key = field.partition(".")
     info = Config.model_fields.get(section)
-    if dot and info is not None and _is_mapping(info.annotation, name):
+    before = fields.get(name) or {}
+    if dot and info is not None and _is_mapping(info.annotation, name) and isinstance(before, dict):
         # Keys of a mapping have dots of their own: sweep.space.optim.lr={…}.
-        fields[name] = {**(fields.get(name) or {}), key: value}
+        fields[name] = {**before, key: value}
     else:
         fields[field] = value
 

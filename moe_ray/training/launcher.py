@@ -140,37 +140,29 @@ def connect(parallel: ParallelConfig, *, log_to_driver: bool = True) -> None:
     # Logical CPUs: more workers than cores are slow, not wrong.
     num_cpus = max(os.cpu_count() or 1, math.ceil(parallel.max_workers * parallel.cpus_per_worker))
     _logger.info("starting Ray on this machine")
-    try:
-        _start(num_cpus, log_to_driver)
-    # Ray raises bare exceptions here too, as when a busy machine takes too long.
-    except Exception as error:
-        if "timed out" not in str(error):
-            raise _no_start(error) from error
-        _logger.warning("Ray did not start in time; trying once more")
-        try:
-            _start(num_cpus, log_to_driver)
-        except Exception as again:
-            raise _no_start(again) from again
-
-
-def _start(num_cpus: int, log_to_driver: bool) -> None:
     # That a token is required is for the documentation to say.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=True,
-        log_to_driver=log_to_driver,
-        logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
-    )
-
-
-def _no_start(error: Exception) -> TrainingError:
-    return TrainingError(
-        f"Ray did not start on this machine: {_first_line(error)}.",
-        "see that memory, processors and room for temporary files are left, and run the same command again.",
-    )
+    for is_last in (False, True):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=True,
+                log_to_driver=log_to_driver,
+                logging_level=logging.WARNING,
+                _node_ip_address="127.0.0.1",
+            )
+            return
+        # Ray raises bare exceptions here too, as when a busy machine takes too long.
+        except Exception as error:
+            if is_last or "timed out" not in str(error):
+                raise TrainingError(
+                    f"Ray did not start on this machine: {_first_line(error)}.",
+                    "see that memory, processors and room for temporary files are left, and run the same command "
+                    "again.",
+                ) from error
+            _logger.warning("Ray did not start in time; trying once more")
+            ray.shutdown()
 
 
 def _join(log_to_driver: bool) -> None:
