@@ -28,7 +28,8 @@ def test_a_budget_becomes_a_trained_model(ray_cluster: RayCluster, tmp_path: Pat
     corpus.mkdir()
     settings = tiny_settings(copy_corpus(corpus), tmp_path, "auto")
     settings["model"]["vocab_size"] = 300
-    settings["train"]["global_batch"] = 8
+    # Of the trials, some have more steps and some have fewer.
+    settings["train"] |= {"global_batch": 8, "steps": 400}
     settings["parallel"] = {"cpus_per_worker": 0.5}
     settings["sweep"] = {
         "auto": True,

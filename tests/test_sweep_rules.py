@@ -249,3 +249,8 @@ def test_a_sweep_that_has_ended_needs_no_cluster(
     with caplog.at_level("INFO", "moe_ray"), pytest.raises(ConfigError, match="no cluster at RAY_ADDRESS"):
         run_sweep(config)
     assert "0 trials have ended, 8 go on from their checkpoints" in caplog.text
+
+
+def test_trials_end_at_their_own_last_step(tmp_path: Path) -> None:
+    board = Board(sweep_of(), open_storage(tmp_path))
+    assert [board.last_step(Trial(0, "t", values)) for values in ({}, {"train.steps": 9})] == [27, 9]

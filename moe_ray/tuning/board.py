@@ -58,6 +58,10 @@ class Board:
         if time.monotonic() - self._written_at > _WRITE_SECONDS:
             self.write()
 
+    def last_step(self, trial: Trial) -> int:
+        """Of a trial that is not stopped: AutoML gives each of its own another number."""
+        return trial.values.get("train.steps", self.config.train.steps)
+
     def with_status(self, *statuses: str) -> list[Trial]:
         """Trials of these statuses, by number."""
         return [trial for _, trial in sorted(self.trials.items()) if trial.status in statuses]

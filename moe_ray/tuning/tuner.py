@@ -197,7 +197,7 @@ class _Follow(_NotKept, tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         number = trial.config["number"]
         now = self._board.trials[number]
-        if now.status == "running" and now.steps >= (self._work.until or self._board.config.train.steps):
+        if now.status == "running" and now.steps >= (self._work.until or self._board.last_step(now)):
             self._board.change(number, status="finished", reason=None)
         elif now.status == "running":
             self._board.change(number, status="stopped", reason=f"worse than others at step {now.steps}")
