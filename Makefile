@@ -76,7 +76,7 @@ vllm: install
 test-slow: smollm2
 	$(BIN)/pytest -m "slow and not exhaustive" $(ARGS)
 
-# All seeds of the slow tests on clusters: half an hour.
+# Those that are too long for CI: all seeds of the slow tests on clusters, and more; hours.
 test-exhaustive: install
 	$(BIN)/pytest -m exhaustive $(ARGS)
 

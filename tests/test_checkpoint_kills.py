@@ -269,7 +269,10 @@ def trainings_on_disk(corpus: Path, data_dir: Path, folder: Path, num_points: in
         assert fork(one_training, config, data_dir) == 0
 
 
-@pytest.mark.parametrize("num_points", [8, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize(
+    "num_points",
+    [8, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(900)])],
+)
 def test_training_killed_anywhere_resumes_from_the_newest(corpus: Path, fast_disk: Path, num_points: int) -> None:
     data_dir = prepare(short_run(corpus, fast_disk, "run-0"))
     run_alone(trainings_on_disk, corpus, data_dir, fast_disk, num_points)

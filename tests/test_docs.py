@@ -97,6 +97,7 @@ def test_spaces_of_the_page_on_sweeps_are_possible() -> None:
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_commands_of_the_page_on_sweeps(tmp_path: Path) -> None:
     (tmp_path / "wiki").mkdir()
     _, commands, _ = blocks("sweeps", "bash")

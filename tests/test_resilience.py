@@ -233,6 +233,7 @@ def waiting_requests(endpoint: Endpoint, asked: int) -> dict[str, float]:
     return {labels: float(value) for text in texts for labels, value in pattern.findall(text)}
 
 
+@pytest.mark.exhaustive
 def test_only_what_has_not_begun_is_asked_again(endpoint: Endpoint) -> None:
     # So many that either replica has some of each.
     few = 4

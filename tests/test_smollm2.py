@@ -59,6 +59,7 @@ def overrides(dense: Path, storage: Path) -> list[str]:
 
 # First, while this process has no model of its own.
 @pytest.mark.cluster
+@pytest.mark.exhaustive
 def test_upcycled_model_learns_with_its_experts_on_two_workers(dense: Path, tmp_path: Path) -> None:
     command = [sys.executable, "jobs/train.py", "jobs/configs/smollm2.yaml", *overrides(dense, tmp_path)]
     # Only the last layers, for memory.

@@ -193,6 +193,7 @@ def test_killed_worker_and_sigterm_cost_no_trial(
     assert resumed["resumed_step"] >= steps[-1]
 
 
+@pytest.mark.exhaustive
 def test_population_takes_over_the_better_and_goes_on_after_a_kill(
     ray_cluster: RayCluster, tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
