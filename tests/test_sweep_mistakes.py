@@ -129,6 +129,10 @@ def test_only_settings_of_a_run_are_varied(space: dict[str, Any], message: str) 
             },
             "looks at model.expert_bias, which model.preset=deepseek_v3 decides.*{model.preset: …}",
         ),
+        (
+            {"optim.eps": {"choice": [1], "when": {"model.dim": 64}}, "model.preset": {"choice": ["basik"]}},
+            "model.preset='basik' is not allowed",
+        ),
         ({"checkpoint.best_metric": {"choice": ["val_loss", "los"]}}, "'los', which no run logs"),
     ],
 )

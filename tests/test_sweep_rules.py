@@ -240,15 +240,16 @@ def test_a_sweep_that_has_ended_needs_no_cluster(
     config = build_config(sweep_of(trials=8).model_dump(mode="json"), [f"train.storage={tmp_path}"])
     folder = open_storage(config.train.run_uri)
     folder.write(SWEEP_SETTINGS, to_yaml(config).encode())
-    write_trials(folder, [replace(trial, status="finished") for trial in population()])
+    write_trials(folder, [replace(trial, status="finished", steps=27) for trial in population()])
     with caplog.at_level("INFO", "moe_ray"):
         assert len(run_sweep(config).trials) == 8
     assert "all 8 trials have ended; nothing to do" in caplog.text
     assert folder.exists(SWEEP_PAGE)
-    write_trials(folder, population())
+    # Of a population that was killed between two generations.
+    write_trials(folder, [replace(trial, status="finished") for trial in population()])
     with caplog.at_level("INFO", "moe_ray"), pytest.raises(ConfigError, match="no cluster at RAY_ADDRESS"):
         run_sweep(config)
-    assert "0 trials have ended, 8 go on from their checkpoints" in caplog.text
+    assert "0 trials have ended, 8 have not" in caplog.text
 
 
 def test_trials_end_at_their_own_last_step(tmp_path: Path) -> None:

@@ -32,9 +32,10 @@ def check_space(config: Config) -> None:
         raise ConfigError(
             "sweep.space varies nothing.", "name settings, such as {optim.lr: {loguniform: [1.0e-4, 1.0e-2]}}."
         )
-    known: list[str] = []
     for name, dimension in space.items():
         _check_dimension(name, dimension)
+    known: list[str] = []
+    for name, dimension in space.items():
         for other, wanted in dimension.when.items():
             _check_condition(space, known, name, other)
             if not alternatives(wanted):

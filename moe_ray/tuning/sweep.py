@@ -60,14 +60,13 @@ def run_sweep(config: Config) -> Board:
         _check_unchanged(config, storage)
         storage.write(SWEEP_SETTINGS, to_yaml(config).encode())
         board = _board(config, storage)
-        if len(board.trials) >= config.sweep.trials and not board.with_status("pending"):
+        if len(board.trials) >= config.sweep.trials and not _unfinished(board):
             _logger.info("all %d trials have ended; nothing to do", len(board.trials))
             write_outcome(board)
             return board
         if board.trials:
-            waiting = len(board.with_status("pending"))
-            ended = len(board.trials) - waiting
-            _logger.info("going on: %d trials have ended, %d go on from their checkpoints", ended, waiting)
+            waiting = len(_unfinished(board))
+            _logger.info("going on: %d trials have ended, %d have not", len(board.trials) - waiting, waiting)
         _connect(config)
         # Ray has just put handlers of its own in place.
         with stop_on_signals(switch), Table(board) as table:
@@ -90,6 +89,12 @@ def run_sweep(config: Config) -> Board:
             "run the same command to go on.",
         )
     return board
+
+
+def _unfinished(board: Board) -> list[Trial]:
+    """Trials that wait, or of a population have finished a generation that is not the last."""
+    finished = board.with_status("finished")
+    return board.with_status("pending") + [trial for trial in finished if trial.steps < board.last_step(trial)]
 
 
 def _shower(board: Board, table: Table) -> Callable[[], None]:
