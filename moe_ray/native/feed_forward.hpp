@@ -100,7 +100,7 @@ inline void hidden(const Model& m, const Stacked& in, const Groups& groups, cons
                 vec low = load<vec>(product), high = load<vec>(product + W);
                 store(product, activate(m, low, high));
                 if (!gated) store(product + W, activate(m, high, high));
-                std::copy_n(product, count, active_NF + i * F + f);
+                put(product, nullptr, 1, false, count, active_NF + i * F + f);
             });
         }
     });
@@ -126,8 +126,7 @@ inline void feed_forward(const Model& m, const Stacked& in, const Stacked& out, 
                 if (groups.ends[e] == groups.ends[e + 1]) continue;
                 Weight weight(out.weights[e]);
                 multiply(weight, neighbours(first, first + count), active, e, [&](int64_t i, const float* product) {
-                    float share = groups.weights[i], *x = x_TD + groups.tokens[i] * D + first;
-                    for (int64_t n = 0; n < count; ++n) x[n] += share * (product[n] + (bias ? bias[n] : 0));
+                    put(product, bias, groups.weights[i], true, count, x_TD + groups.tokens[i] * D + first);
                 });
             }
     });

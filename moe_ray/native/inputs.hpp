@@ -25,7 +25,7 @@ struct Float32Inputs {
         return 1;
     }
     static vec add(vec sums, vec weights, vec values) { return sums + weights * values; }
-    static vec spread(const uint32_t* lane) { return fill(load<float>(lane)); }
+    static vec spread(const char* lane) { return fill(load<float>(lane)); }
     static vec total(vec sums) { return sums; }
 };
 
@@ -43,7 +43,7 @@ struct Bfloat16Inputs {
     static vec add(vec sums, __m512bh weights, __m512bh values) {
         return (vec)_mm512_dpbf16_ps((__m512)sums, weights, values);
     }
-    static __m512bh spread(const uint32_t* lane) { return (__m512bh)_mm512_set1_epi32(load<int32_t>(lane)); }
+    static __m512bh spread(const char* lane) { return (__m512bh)_mm512_set1_epi32(load<int32_t>(lane)); }
     static vec total(vec sums) { return sums; }
 };
 #endif
@@ -87,7 +87,7 @@ struct Int16Inputs {
     static i32 add(i32 sums, __m512i weights, __m512i values) {
         return (i32)_mm512_dpwssd_epi32((__m512i)sums, weights, values);
     }
-    static __m512i spread(const uint32_t* lane) { return _mm512_set1_epi32(load<int32_t>(lane)); }
+    static __m512i spread(const char* lane) { return _mm512_set1_epi32(load<int32_t>(lane)); }
     static vec total(i32 sums) { return __builtin_convertvector(sums, vec); }
 };
 #endif

@@ -2,7 +2,7 @@
 //
 // Weights are read where they lie and as they are stored. With few tokens the time goes to reading: rows are multiplied
 // as they come, some at a time with up to six tokens. For many tokens that share a weight, rows are transposed and
-// unpacked into panels of 32 that stay in the cache, and the tokens lie interleaved by twelve.
+// unpacked into panels of 32 that stay in the cache, and twelve tokens at a time are multiplied with them.
 //
 // Shapes: T tokens, N rows and D columns of a weight.
 
@@ -16,8 +16,9 @@ namespace {
 
 constexpr int AHEAD = 2;           // tiles of rows that are prefetched
 constexpr int64_t CHUNK = 2 * W;   // rows that a thread takes at a time
-constexpr int64_t TILE = 12;       // tokens that a panel is multiplied with at a time
+constexpr int64_t TILE = 12;       // tokens that a panel is multiplied with at a time, at most
 constexpr int64_t BLOCK = 24;      // tokens whose products with a chunk are kept
+constexpr int64_t LANE = 4;        // bytes
 
 // Rows are short: without this the hardware begins each anew. Into the second cache: the first has room for little
 // more than the tokens, and half as much comes through it.
@@ -33,47 +34,26 @@ inline Chunk neighbours(int64_t first, int64_t last) {
     return {{first, first + W}, {std::min<int64_t>(W, last - first), std::clamp<int64_t>(last - first - W, 0, W)}};
 }
 
-// Rows of numbers as a type of weight wants them, in groups, each of which has a weight of its own. A group of many
-// has tiles of 10 to 12 rows, of equal size; of a tile first come the first lanes of all its rows.
+// Rows of numbers as a type of weight wants them, in groups, each of which has a weight of its own.
 template <class M> struct Rows {
     using Input = typename M::Input;
-    std::vector<int64_t> ends, starts, tiles;  // tiles: rows of one, or 0
+    std::vector<int64_t> ends;
     int64_t stride;
     Buffer<Input> data;
     Buffer<float> scales;
 
     // Row i is row order[i] of x, or row i.
     Rows(const float* x, int64_t columns, const std::vector<int64_t>& ends, const int64_t* order, int threads)
-        : ends(ends), stride(M::stride(columns)), scales(ends.back()) {
-        int64_t size = 0;
-        for (size_t group = 0; group + 1 < ends.size(); ++group) {
-            int64_t count = ends[group + 1] - ends[group];
-            int64_t number = (count + TILE - 1) / TILE, tile = number ? (count + number - 1) / number : 0;
-            starts.push_back(size);
-            tiles.push_back(count >= M::MANY && columns % M::STEP == 0 ? tile : 0);
-            size += (tiles.back() ? number * tile : count) * stride;
-        }
-        data.resize(size);
-        for (size_t group = 0; group + 1 < ends.size(); ++group) {
-            int64_t first = ends[group], count = ends[group + 1] - first;
-#pragma omp parallel for num_threads(threads) schedule(static) if (count * columns > 16384)
-            for (int64_t i = 0; i < count; ++i) {
-                const float* from = x + (order ? order[first + i] : first + i) * columns;
-                scales[first + i] = tiles[group] ? interleave(from, columns, group, i)
-                                                 : M::encode(from, columns, &data[starts[group] + i * stride]);
-            }
-        }
+        : ends(ends), stride(apart(M::stride(columns))), data((ends.back() + TILE) * stride), scales(ends.back()) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (ends.back() * columns > 16384)
+        for (int64_t i = 0; i < ends.back(); ++i)
+            scales[i] = M::encode(x + (order ? order[i] : i) * columns, columns, &data[i * stride]);
     }
 
-    float interleave(const float* from, int64_t columns, size_t group, int64_t i) {
-        thread_local Buffer<Input> row;
-        row.resize(stride);
-        float scale = M::encode(from, columns, row.data());
-        int64_t tile = tiles[group], lanes = columns * sizeof(Input) / 4;
-        const char* lane = (const char*)row.data();
-        char* to = (char*)&data[starts[group] + i / tile * tile * stride] + i % tile * 4;
-        for (int64_t l = 0; l < lanes; ++l) std::memcpy(to + l * tile * 4, lane + l * 4, 4);
-        return scale;
+    // Rows of a tile would share few sets of the first cache if they were a power of two apart.
+    static int64_t apart(int64_t stride) {
+        constexpr int64_t LINE = 64 / sizeof(Input);
+        return stride % (16 * LINE) ? stride : stride + LINE;
     }
 };
 
@@ -150,34 +130,46 @@ template <class M> const vec* make_panel(const M& w, const Chunk& rows) {
     return panel.data();
 }
 
-template <int n, class M> inline void panel_tile(const vec* panel, int64_t lanes, const uint32_t* x, float* y) {
+// Rows are addressed from every third of them: with a pointer for each there would be too few registers.
+template <int n, class M> inline void panel_tile(const vec* panel, int64_t lanes, const char* x, int64_t stride, float* y) {
     typename M::Sums products[n][2];
+#pragma GCC unroll 16
     for (auto& pair : products) pair[0] = pair[1] = typename M::Sums{};
-    for (int64_t i = 0; i < lanes; ++i) {
-        auto low = (typename M::Values)panel[2 * i], high = (typename M::Values)panel[2 * i + 1];
+    const char *from0 = x, *from3 = x + 3 * stride, *from6 = x + 6 * stride, *from9 = x + 9 * stride;
+    for (const vec* end = panel + 2 * lanes; panel < end; panel += 2) {
+        auto low = (typename M::Values)panel[0], high = (typename M::Values)panel[1];
+#pragma GCC unroll 16
         for (int k = 0; k < n; ++k) {
-            auto values = M::spread(x + i * n + k);
+            const char* from = k < 3 ? from0 : k < 6 ? from3 : k < 9 ? from6 : from9;
+            auto values = M::spread(from + k % 3 * stride);
             products[k][0] = M::add(products[k][0], low, values);
             products[k][1] = M::add(products[k][1], high, values);
         }
+        from0 += LANE, from3 += LANE, from6 += LANE, from9 += LANE;
+        asm("" : "+r"(from0), "+r"(from3), "+r"(from6), "+r"(from9));
     }
+#pragma GCC unroll 16
     for (int k = 0; k < n; ++k)
+#pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) store(y + k * CHUNK + half * W, M::total(products[k][half]));
 }
 
-template <class M> inline void panel_tile(int64_t tile, const vec* panel, int64_t lanes, const uint32_t* x, float* y) {
+template <class M>
+inline void panel_tile(int64_t tile, const vec* panel, int64_t lanes, const typename M::Input* x, int64_t stride, float* y) {
+    const char* from = (const char*)x;
+    stride *= sizeof *x;
     switch (tile) {
-        case 10: return panel_tile<10, M>(panel, lanes, x, y);
-        case 11: return panel_tile<11, M>(panel, lanes, x, y);
-        default: return panel_tile<12, M>(panel, lanes, x, y);
+        case 10: return panel_tile<10, M>(panel, lanes, from, stride, y);
+        case 11: return panel_tile<11, M>(panel, lanes, from, stride, y);
+        default: return panel_tile<12, M>(panel, lanes, from, stride, y);
     }
 }
 
 // sink(i, y) for each row i of a group: its products with the rows of a chunk, those of the second run from y[16] on.
 template <class M, class Sink>
 void multiply(const M& w, const Chunk& rows, const Rows<M>& x, int64_t group, const Sink& sink) {
-    int64_t first = x.ends[group], T = x.ends[group + 1] - first, tile = x.tiles[group];
-    const typename M::Input* from = &x.data[x.starts[group]];
+    int64_t first = x.ends[group], T = x.ends[group + 1] - first;
+    const typename M::Input* from = &x.data[first * x.stride];
     alignas(64) float factors[CHUNK], y[BLOCK * CHUNK];
     if constexpr (M::SCALED)
         for (int r = 0; r < CHUNK; ++r) factors[r] = w.factor(rows.row(r / W, r % W));
@@ -189,10 +181,11 @@ void multiply(const M& w, const Chunk& rows, const Rows<M>& x, int64_t group, co
         }
     };
     if constexpr (M::STEP == M::LEAST)
-        if (tile) {
+        if (T >= M::MANY && w.columns % M::STEP == 0) {
             const vec* panel = make_panel(w, rows);
+            int64_t number = (T + TILE - 1) / TILE, tile = (T + number - 1) / number;
             for (int64_t t = 0; t < T; t += tile) {
-                panel_tile<M>(tile, panel, w.columns / M::STEP * W, (const uint32_t*)(from + t * x.stride), y);
+                panel_tile<M>(tile, panel, w.columns / M::STEP * W, from + t * x.stride, x.stride, y);
                 give(t, std::min(tile, T - t));
             }
             return;
@@ -205,6 +198,16 @@ void multiply(const M& w, const Chunk& rows, const Rows<M>& x, int64_t group, co
     }
 }
 
+// Of a chunk: y = share * (product + bias), or y += that.
+inline void put(const float* product, const float* bias, float share, bool add, int64_t count, float* y) {
+    int64_t n = 0;
+    for (; n + W <= count; n += W) {
+        vec value = share * (bias ? load<vec>(product + n) + load<vec>(bias + n) : load<vec>(product + n));
+        store(y + n, add ? load<vec>(y + n) + value : value);
+    }
+    for (; n < count; ++n) y[n] = share * (product[n] + (bias ? bias[n] : 0)) + (add ? y[n] : 0);
+}
+
 // y = x w^T + bias, or y += that.
 inline void linear(const Matrix& m, const float* x_TD, int64_t T, const float* bias_N, float* y_TN, bool add, int threads) {
     with_weights(m, false, T > FEW, [&](auto w) {
@@ -213,9 +216,7 @@ inline void linear(const Matrix& m, const float* x_TD, int64_t T, const float* b
         for (int64_t first = 0; first < m.rows; first += CHUNK) {
             int64_t count = std::min(CHUNK, m.rows - first);
             multiply(w, neighbours(first, m.rows), x, 0, [&](int64_t t, const float* product) {
-                float* y = y_TN + t * m.rows + first;
-                for (int64_t n = 0; n < count; ++n)
-                    y[n] = product[n] + (bias_N ? bias_N[first + n] : 0) + (add ? y[n] : 0);
+                put(product, bias_N ? bias_N + first : nullptr, 1, add, count, y_TN + t * m.rows + first);
             });
         }
     });
