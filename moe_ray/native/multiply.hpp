@@ -71,6 +71,7 @@ inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_
         }
         for (int i = 0; i < n; ++i) {
             auto values = M::values(x + i * stride + column);
+            load_once(values);
             for (int r = 0; r < R; ++r) products[i * R + r] = M::add(products[i * R + r], weights[r], values);
         }
     }
@@ -142,6 +143,7 @@ template <int n, class M> inline void panel_tile(const vec* panel, int64_t lanes
         for (int k = 0; k < n; ++k) {
             const char* from = k < 3 ? from0 : k < 6 ? from3 : k < 9 ? from6 : from9;
             auto values = M::spread(from + k % 3 * stride);
+            load_once(values);
             products[k][0] = M::add(products[k][0], low, values);
             products[k][1] = M::add(products[k][1], high, values);
         }
@@ -159,6 +161,9 @@ inline void panel_tile(int64_t tile, const vec* panel, int64_t lanes, const type
     const char* from = (const char*)x;
     stride *= sizeof *x;
     switch (tile) {
+        case 7: return panel_tile<7, M>(panel, lanes, from, stride, y);
+        case 8: return panel_tile<8, M>(panel, lanes, from, stride, y);
+        case 9: return panel_tile<9, M>(panel, lanes, from, stride, y);
         case 10: return panel_tile<10, M>(panel, lanes, from, stride, y);
         case 11: return panel_tile<11, M>(panel, lanes, from, stride, y);
         default: return panel_tile<12, M>(panel, lanes, from, stride, y);
@@ -181,7 +186,7 @@ void multiply(const M& w, const Chunk& rows, const Rows<M>& x, int64_t group, co
         }
     };
     if constexpr (M::STEP == M::LEAST)
-        if (T >= M::MANY && w.columns % M::STEP == 0) {
+        if (T >= M::many(w.columns) && w.columns % M::STEP == 0) {
             const vec* panel = make_panel(w, rows);
             int64_t number = (T + TILE - 1) / TILE, tile = (T + number - 1) / number;
             for (int64_t t = 0; t < T; t += tile) {

@@ -34,6 +34,13 @@ template <class V, class S> inline V load(const S* from) {
 
 inline void store(float* to, vec value) { std::memcpy(to, &value, sizeof value); }
 
+// Compilers load a value that is used several times anew each time, as operands may lie in memory.
+template <class V> inline void load_once(V& value) {
+#ifdef __AVX512F__
+    if constexpr (sizeof value == 64) asm("" : "+v"(value));
+#endif
+}
+
 inline vec fill(float x) { return vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 // Loads that cross lines of the cache take twice as long.

@@ -1,7 +1,7 @@
 // Types of weights. Each gives STEP neighbouring columns of a row, one column, and a factor of the whole row.
 //
 // LEAST columns are multiplied at a time at the end of a row, fewer one by one; ROWS is how many rows are multiplied at a
-// time where tokens are few, MANY how many tokens are worth to transpose rows for.
+// time where tokens are few, `many` how many tokens are worth to transpose rows for.
 
 #pragma once
 
@@ -10,10 +10,11 @@
 namespace {
 
 template <class Inputs> struct Weights : Inputs {
-    static constexpr int64_t LEAST = Inputs::STEP, MANY = sizeof(typename Inputs::Input) == 4 ? 48 : 32;
+    static constexpr int64_t LEAST = Inputs::STEP;
     static constexpr int ROWS = 4;
     static constexpr bool SCALED = false;
     static int64_t stride(int64_t columns) { return (columns + 31) / 32 * 32; }
+    static int64_t many(int64_t columns) { return std::clamp<int64_t>(columns / 24, 16, 48); }
     static typename Inputs::Values values(const typename Inputs::Input* x) { return load<typename Inputs::Values>(x); }
     float factor(int64_t) const { return 1; }
     vec finish(int64_t, const typename Inputs::Input*, typename Inputs::Sums sums) const { return Inputs::total(sums); }
@@ -65,6 +66,7 @@ template <class Inputs> struct Int4Codes : Weights<Inputs> {
         : data((const uint8_t*)m.data), scales((const uint16_t*)m.scales), columns(m.columns) {}
     const void* address(int64_t row, int64_t column) const { return data + (row * columns + column) / 2; }
     float one(int64_t, int64_t) const { return 0; }  // columns are a multiple of 32
+    static int64_t many(int64_t) { return 12; }
 };
 
 struct Int4 : Int4Codes<Float32Inputs> {
@@ -119,7 +121,7 @@ struct Int8Words : Int8Codes<Int16Inputs> {
 // with the sums of the inputs of a group, which follow them in the row.
 struct Int4Words : Int4Codes<Int16Inputs> {
     using Int4Codes::Int4Codes;
-    static constexpr int64_t STEP = 128, LEAST = 32, MANY = INT64_MAX;
+    static constexpr int64_t STEP = 128, LEAST = 32;
     static constexpr int ROWS = 1;
     static constexpr bool SCALED = true;
     using Sums = vec;
