@@ -47,6 +47,8 @@ struct Sight {
     int64_t first, end, base, P, kv_heads, head;
     int64_t padded() const { return (end - base + W - 1) / W * W; }
     int64_t row(int64_t position) const { return (table[position / P] * kv_heads + head) * P + position % P; }
+    // Of the 16 positions after those from `position` on; there may be none.
+    int64_t row_after(int64_t position) const { return row(std::min(position / W * W + W, (end - 1) / W * W)); }
 };
 
 // scores [R, padded] = products of queries and keys.
@@ -56,6 +58,9 @@ template <class M> void score(const M& keys, const Rows<M>& q, const Sight& sigh
         int64_t next = std::min(at + W, sight.end - 1);
         Chunk rows{{sight.row(at), sight.row(next / W * W)},
                    {std::min<int64_t>(W, sight.end - at), std::clamp<int64_t>(sight.end - at - W, 0, W)}};
+        for (int64_t soon : {sight.row_after(at + W), sight.row_after(at + CHUNK)})
+            for (int64_t r = 0; r < W; ++r)
+                for (int64_t c = 0; c < keys.columns; c += M::STEP) fetch(keys.address(soon + r, c));
         multiply(keys, rows, q, 0, [&](int64_t r, const float* products) {
             float* to = scores + r * padded + at - sight.base;
             store(to, load<vec>(products));
@@ -89,11 +94,14 @@ template <int n, int v, class M>
 inline void mix(const M& values, const Sight& sight, const float* weights, int64_t padded, int64_t c, float* o, int64_t C) {
     vec sums[n][v] = {};
     for (int64_t at = sight.first; at < sight.end;) {
-        int64_t row = sight.row(at), stop = std::min(sight.end, (at / W + 1) * W);
+        int64_t row = sight.row(at), soon = sight.row_after(at) + at % W, stop = std::min(sight.end, (at / W + 1) * W);
         const float* weight = weights + at - sight.base;
-        for (; at < stop; ++at, ++row, ++weight) {
+        for (; at < stop; ++at, ++row, ++soon, ++weight) {
             vec value[v];
-            for (int k = 0; k < v; ++k) value[k] = values.at(row, c + k * W);
+            for (int k = 0; k < v; ++k) {
+                value[k] = values.at(row, c + k * W);
+                fetch(values.address(soon, c + k * W));
+            }
             for (int i = 0; i < n; ++i)
                 for (int k = 0; k < v; ++k) sums[i][k] += value[k] * weight[i * padded];
         }
