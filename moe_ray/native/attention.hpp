@@ -61,8 +61,8 @@ template <class M> void score(const M& keys, const Rows<M>& q, const Sight& sigh
         for (int64_t soon : {sight.row_after(at + W), sight.row_after(at + CHUNK)})
             for (int64_t r = 0; r < W; ++r)
                 for (int64_t c = 0; c < keys.columns; c += M::STEP) fetch(keys.address(soon + r, c));
-        multiply(keys, rows, q, 0, [&](int64_t r, const float* products) {
-            float* to = scores + r * padded + at - sight.base;
+        auto target = [&](int64_t r) { return scores + r * padded + at - sight.base; };
+        multiply(keys, rows, q, 0, target, [&](int64_t, const float* products, float* to) {
             store(to, load<vec>(products));
             if (rows.count[1]) store(to + W, load<vec>(products + W));
         });

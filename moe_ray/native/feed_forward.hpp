@@ -94,13 +94,14 @@ inline void hidden(const Model& m, const Stacked& in, const Groups& groups, cons
             int64_t count = std::min(step, F - f), some = std::min<int64_t>(W, count);
             Chunk rows = gated ? Chunk{{f, f + F}, {some, some}} : neighbours(f, f + count);
             const float* bias = in.bias ? in.bias + e * G : nullptr;
-            multiply(Weight(in.weights[e]), rows, x, e, [&, f = f](int64_t i, float* product) {
+            auto target = [&, f = f](int64_t i) { return active_NF + i * F + f; };
+            multiply(Weight(in.weights[e]), rows, x, e, target, [&](int64_t, float* product, float* active) {
                 for (int64_t n = 0; n < CHUNK && bias; ++n)
                     if (n % W < rows.count[n / W]) product[n] += bias[rows.first[n / W] + n % W];
                 vec low = load<vec>(product), high = load<vec>(product + W);
                 store(product, activate(m, low, high));
                 if (!gated) store(product + W, activate(m, high, high));
-                put(product, nullptr, 1, false, count, active_NF + i * F + f);
+                put(product, nullptr, 1, false, count, active);
             });
         }
     });
@@ -125,8 +126,9 @@ inline void feed_forward(const Model& m, const Stacked& in, const Stacked& out, 
                 const float* bias = out.bias ? out.bias + e * D + first : nullptr;
                 if (groups.ends[e] == groups.ends[e + 1]) continue;
                 Weight weight(out.weights[e]);
-                multiply(weight, neighbours(first, first + count), active, e, [&](int64_t i, const float* product) {
-                    put(product, bias, groups.weights[i], true, count, x_TD + groups.tokens[i] * D + first);
+                auto target = [&](int64_t i) { return x_TD + groups.tokens[i] * D + first; };
+                multiply(weight, neighbours(first, first + count), active, e, target, [&](int64_t i, const float* product, float* x) {
+                    put(product, bias, groups.weights[i], true, count, x);
                 });
             }
     });

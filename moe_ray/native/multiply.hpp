@@ -24,6 +24,12 @@ constexpr int64_t LANE = 4;        // bytes
 // more than the tokens, and half as much comes through it.
 inline void fetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
+// Results are far apart, and stores wait for one another.
+inline void fetch_target(const float* y) {
+    __builtin_prefetch(y, 1);
+    __builtin_prefetch(y + W, 1);
+}
+
 // Two runs of up to 16 rows.
 struct Chunk {
     int64_t first[2], count[2];
@@ -170,9 +176,10 @@ inline void panel_tile(int64_t tile, const vec* panel, int64_t lanes, const type
     }
 }
 
-// sink(i, y) for each row i of a group: its products with the rows of a chunk, those of the second run from y[16] on.
-template <class M, class Sink>
-void multiply(const M& w, const Chunk& rows, const Rows<M>& x, int64_t group, const Sink& sink) {
+// sink(i, y, target(i)) for each row i of a group: its products with the rows of a chunk, those of the second run from
+// y[16] on, and where they go.
+template <class M, class Target, class Sink>
+void multiply(const M& w, const Chunk& rows, const Rows<M>& x, int64_t group, const Target& target, const Sink& sink) {
     int64_t first = x.ends[group], T = x.ends[group + 1] - first;
     const typename M::Input* from = &x.data[first * x.stride];
     alignas(64) float factors[CHUNK], y[BLOCK * CHUNK];
@@ -182,7 +189,7 @@ void multiply(const M& w, const Chunk& rows, const Rows<M>& x, int64_t group, co
         for (int64_t i = 0; i < count; ++i) {
             if constexpr (M::SCALED)
                 for (int r = 0; r < CHUNK; ++r) y[i * CHUNK + r] *= factors[r] * x.scales[first + begin + i];
-            sink(first + begin + i, y + i * CHUNK);
+            sink(first + begin + i, y + i * CHUNK, target(first + begin + i));
         }
     };
     if constexpr (M::STEP == M::LEAST)
@@ -190,6 +197,7 @@ void multiply(const M& w, const Chunk& rows, const Rows<M>& x, int64_t group, co
             const vec* panel = make_panel(w, rows);
             int64_t number = (T + TILE - 1) / TILE, tile = (T + number - 1) / number;
             for (int64_t t = 0; t < T; t += tile) {
+                for (int64_t i = t; i < std::min(t + tile, T); ++i) fetch_target(target(first + i));
                 panel_tile<M>(tile, panel, w.columns / M::STEP * W, from + t * x.stride, x.stride, y);
                 give(t, std::min(tile, T - t));
             }
@@ -220,8 +228,9 @@ inline void linear(const Matrix& m, const float* x_TD, int64_t T, const float* b
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t first = 0; first < m.rows; first += CHUNK) {
             int64_t count = std::min(CHUNK, m.rows - first);
-            multiply(w, neighbours(first, m.rows), x, 0, [&](int64_t t, const float* product) {
-                put(product, bias_N ? bias_N + first : nullptr, 1, add, count, y_TN + t * m.rows + first);
+            auto target = [&](int64_t t) { return y_TN + t * m.rows + first; };
+            multiply(w, neighbours(first, m.rows), x, 0, target, [&](int64_t, const float* product, float* y) {
+                put(product, bias_N ? bias_N + first : nullptr, 1, add, count, y);
             });
         }
     });
