@@ -68,7 +68,7 @@ def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Choice]:
     finite = logits_BV.amax(dim=-1).isfinite().tolist()
     params = [row.params for row in rows]
     adjusted_BV = adjust(logits_BV, [row.adjustments for row in rows])
-    token_B = adjusted_BV.argmax(dim=-1)
+    token_B = _argmax(adjusted_BV)
     drawn = [index for index, param in enumerate(params) if param.temperature > 0]
     if drawn:
         token_B[drawn] = _draw(adjusted_BV[drawn], [rows[index] for index in drawn])
@@ -77,6 +77,13 @@ def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Choice]:
         Choice(token if good else None, logprob)
         for token, good, logprob in zip(token_B.tolist(), finite, logprobs, strict=True)
     ]
+
+
+def _argmax(logits_BV: Tensor) -> Tensor:
+    if logits_BV.device.type != "cpu":
+        return logits_BV.argmax(dim=-1)
+    # torch's own compares number by number.
+    return torch.from_numpy(logits_BV.numpy().argmax(axis=-1))
 
 
 def _draw(logits_bV: Tensor, rows: Sequence[Row]) -> Tensor:
