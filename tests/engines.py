@@ -15,7 +15,7 @@ def make_tokenizer():
     return train_tokenizer(LINES * 5, 320)
 
 
-def make_model(tokenizer):
+def make_model(tokenizer, **settings):
     # A large init_std sets the logits far apart, so that rounding never decides between two tokens.
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size + 8,
@@ -29,6 +29,7 @@ def make_model(tokenizer):
         dense_dim=64,
         max_sequence_length=MAX_CONTEXT,
         init_std=0.4,
+        **settings,
     )
     return build_model(config, seed=1).eval()
 

@@ -83,7 +83,7 @@ def _argmax(logits_BV: Tensor) -> Tensor:
     if logits_BV.device.type != "cpu":
         return logits_BV.argmax(dim=-1)
     # torch's own compares number by number.
-    return torch.from_numpy(logits_BV.numpy().argmax(axis=-1))
+    return torch.from_numpy(logits_BV.detach().numpy().argmax(axis=-1))
 
 
 def _draw(logits_bV: Tensor, rows: Sequence[Row]) -> Tensor:
