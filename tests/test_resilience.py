@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 import yaml
 
@@ -42,17 +43,20 @@ class Endpoint:
         self.model = write_chat_folder(folder / NAME, max_context=2 * LONG)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        self.settings: dict[str, str] = {}
 
     def start(self) -> None:
         self.head = self.cluster.start(MOST + 4, self.proxy)
         self.env = os.environ | self.cluster.environment(self.head)
 
     def deploy(self, **settings: object) -> None:
-        """Put other settings into effect, and wait until only replicas that have them run."""
-        old = self.replicas("RUNNING")
+        """Put settings into effect, and wait until only replicas that have them run."""
         defaults = {"min_replicas": 2, "max_replicas": MOST, "scale_down_seconds": 5, "runner": "torch"}
         defaults["kv_cache_bytes"] = 2**27
         args = {f"serve.{name}": str(value) for name, value in (defaults | settings).items()}
+        # Serve keeps replicas that have them already.
+        old = set() if args == self.settings else set(self.replicas("RUNNING"))
+        self.settings = args
         application = {
             "name": "moe_lm",
             "import_path": "serve_apps.moe_lm:build",
@@ -64,7 +68,7 @@ class Endpoint:
         command = [str(Path(sys.executable).parent / "serve"), "deploy", str(file)]
         done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=PATIENCE)
         assert not done.returncode, done.stderr
-        until(lambda: set(self.replicas("RUNNING")) and not set(self.replicas("RUNNING")) & set(old), PATIENCE)
+        until(lambda: (running := set(self.replicas("RUNNING"))) and not running & old, PATIENCE)
 
     def deployment(self) -> dict[str, Any]:
         """What the dashboard knows; a busy machine, or a controller that starts anew, answers late."""
@@ -87,7 +91,11 @@ class Endpoint:
 
     def processes(self, title: str) -> list[int]:
         """Those of the cluster with a title."""
-        return [p.pid for p in find_marked(self.head.temp_dir) if title in " ".join(p.cmdline())]
+        found = []
+        for process in find_marked(self.head.temp_dir):
+            with suppress(psutil.NoSuchProcess):  # it has ended since
+                found += [process.pid] if title in " ".join(process.cmdline()) else []
+        return found
 
     def kill(self, pid: int) -> None:
         """End a process of the cluster as a crash does."""
