@@ -94,7 +94,9 @@ def parse_prompts(prompt: Any, param: str = "prompt") -> list[Prompt]:
     """
     if isinstance(prompt, str):
         return [prompt]
-    if isinstance(prompt, list) and prompt:
+    if prompt == []:
+        raise RequestError(f"the {param} is an empty list.", "send at least one text or token id.", param=param)
+    if isinstance(prompt, list):
         if _are_ids(prompt):
             return [tuple(prompt)]
         if all(isinstance(item, str) for item in prompt):
