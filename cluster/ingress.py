@@ -96,7 +96,7 @@ def high_throughput(folder: Path, haproxy: Path) -> dict[str, str]:
 
 
 def _threads() -> int:
-    """Of HAProxy. Ray's four cost two processors more in switches than they answer."""
+    """HAProxy's threads, one for four processors: on two, Ray's four lose to switching what they gain."""
     return min(4, max(1, (os.cpu_count() or 1) // 4))
 
 

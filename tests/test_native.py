@@ -214,7 +214,7 @@ class TestForward:
 class TestMultiply:
     """Row counts and widths that end tiles, blocks and panels in every way."""
 
-    @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 13, 25, 31, 32, 37, 48, 61, 121, 300])
+    @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 7, 13, 16, 25, 31, 32, 37, 48, 61, 121, 300])
     @pytest.mark.parametrize(("rows", "columns"), [(32, 64), (70, 544), (19, 96), (5, 1024)])
     @pytest.mark.parametrize(
         ("kind", "bound"), [("float32", 1e-6), ("bfloat16", 0.001), ("int8", 0.001), ("int4", 0.002)]
