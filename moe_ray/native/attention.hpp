@@ -35,10 +35,16 @@ inline void keep(const Model& m, void* cache, int64_t slot, const float* rows) {
     }
 }
 
-// Tokens [first, first + count) of the pass, neighbours in a sequence.
+// Tokens [first, first + count) of the pass, neighbours in a sequence from a position on.
 struct Tile {
     const int32_t* table;
-    int64_t first, count;
+    int64_t first, count, position;
+};
+
+// Where the tokens of a pass belong, and how they share the work of attention; the same in all layers.
+struct Plan {
+    std::vector<int64_t> positions, slots;  // a slot is block * P + offset
+    std::vector<Tile> tiles;
 };
 
 // Where the keys and values of a sequence lie that a tile sees: positions [first, end), from a multiple of 16 on.
@@ -126,9 +132,9 @@ inline void mix_rows(const M& values, const Sight& sight, const float* weights, 
 
 // o [T, H, C] of one tile and key/value head.
 template <class K, class V>
-void attend(const Model& m, const Layer& layer, const K& keys, const V& values, const Pass& pass, const Tile& tile,
-            int64_t head, const float* q_THC, float* o_THC) {
-    int64_t C = m.head_dim, g = m.heads / m.kv_heads, R = tile.count * g, start = pass.positions[tile.first];
+void attend(const Model& m, const Layer& layer, const K& keys, const V& values, const Tile& tile, int64_t head,
+            const float* q_THC, float* o_THC) {
+    int64_t C = m.head_dim, g = m.heads / m.kv_heads, R = tile.count * g, start = tile.position;
     auto first_of = [&](int64_t position) { return layer.window ? std::max<int64_t>(0, position + 1 - layer.window) : 0; };
     Sight sight{tile.table, first_of(start), start + tile.count, first_of(start) / W * W, m.block_tokens, m.kv_heads, head};
     int64_t padded = sight.padded();
@@ -153,27 +159,30 @@ void attend(const Model& m, const Layer& layer, const K& keys, const V& values, 
         for (int64_t c = 0; c < C; ++c) o_THC[order[r] * C + c] = mixed[r * C + c] * factors[r];
 }
 
-// Tiles of all spans. Many rows share the work of transposing keys; their scores should stay in the cache.
-inline std::vector<Tile> make_tiles(const Model& m, const Pass& pass) {
-    std::vector<Tile> tiles;
-    int64_t first = 0, g = m.heads / m.kv_heads;
-    for (int64_t s = 0; s < pass.num_spans; ++s) {
-        int64_t end = first + pass.counts[s], length = pass.positions[end - 1] + 1;
-        int64_t most = std::max<int64_t>(1, std::clamp<int64_t>(65536 / length, TILE, 4 * TILE) / g);
-        for (; first < end; first += most)
-            tiles.push_back({pass.tables + s * pass.table_width, first, std::min(most, end - first)});
-        first = end;
+// Many rows of a tile share the work of transposing keys; their scores should stay in the cache.
+inline Plan make_plan(const Model& m, const Pass& pass) {
+    Plan plan;
+    int64_t g = m.heads / m.kv_heads, P = m.block_tokens;
+    for (const Span* span = pass.spans; span < pass.spans + pass.num_spans; ++span) {
+        const int32_t* table = pass.tables + span->row * pass.table_width;
+        int64_t before = plan.positions.size(), end = span->first + span->count;
+        for (int64_t position = span->first; position < end; ++position) {
+            plan.positions.push_back(position);
+            plan.slots.push_back(table[position / P] * P + position % P);
+        }
+        int64_t most = std::max<int64_t>(1, std::clamp<int64_t>(65536 / end, TILE, 4 * TILE) / g);
+        for (int64_t done = 0; done < span->count; done += most)
+            plan.tiles.push_back({table, before + done, std::min(most, span->count - done), span->first + done});
     }
-    return tiles;
+    return plan;
 }
 
 // x += attention of the normalised rows h.
-inline void attention(const Model& m, const Layer& layer, const Pass& pass, const float* h_TD, float* x_TD, int threads) {
+inline void attention(const Model& m, const Layer& layer, const Pass& pass, const Plan& plan, const float* h_TD, float* x_TD,
+                      int threads) {
     int64_t T = pass.num_tokens, C = m.head_dim, q_width = m.heads * C, kv_width = m.kv_heads * C;
     Buffer<float> q(T * q_width), k(T * kv_width), v(T * kv_width), o(T * q_width);
-    linear(layer.wq, h_TD, T, layer.bq, q.data(), false, threads);
-    linear(layer.wk, h_TD, T, layer.bk, k.data(), false, threads);
-    linear(layer.wv, h_TD, T, layer.bv, v.data(), false, threads);
+    linears({{layer.wq, layer.bq, q.data()}, {layer.wk, layer.bk, k.data()}, {layer.wv, layer.bv, v.data()}}, h_TD, T, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (T > 8)
     for (int64_t t = 0; t < T; ++t) {
         float *q_t = &q[t * q_width], *k_t = &k[t * kv_width], *v_t = &v[t * kv_width];
@@ -184,23 +193,22 @@ inline void attention(const Model& m, const Layer& layer, const Pass& pass, cons
         clip(q_t, q_width, m.clip_qkv);
         clip(k_t, kv_width, m.clip_qkv);
         clip(v_t, kv_width, m.clip_qkv);
-        const float *cosine = pass.cosines + t * C, *sine = pass.sines + t * C;
+        const float *cosine = pass.cosines + plan.positions[t] * C, *sine = pass.sines + plan.positions[t] * C;
         for (int64_t head = 0; head < m.heads; ++head) place(m, q_t + head * C, layer.q_norm, cosine, sine);
         for (int64_t head = 0; head < m.kv_heads; ++head) place(m, k_t + head * C, layer.k_norm, cosine, sine);
-        keep(m, layer.keys, pass.slots[t], k_t);
-        keep(m, layer.values, pass.slots[t], v_t);
+        keep(m, layer.keys, plan.slots[t], k_t);
+        keep(m, layer.values, plan.slots[t], v_t);
     }
-    std::vector<Tile> tiles = make_tiles(m, pass);
     auto run = [&](auto keys, auto values) {
-        int64_t items = tiles.size() * m.kv_heads;
+        int64_t items = plan.tiles.size() * m.kv_heads;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
         for (int64_t item = 0; item < items; ++item)
-            attend(m, layer, keys, values, pass, tiles[item / m.kv_heads], item % m.kv_heads, q.data(), o.data());
+            attend(m, layer, keys, values, plan.tiles[item / m.kv_heads], item % m.kv_heads, q.data(), o.data());
     };
     Matrix keys{layer.keys, nullptr, 0, C, m.cache_type}, values{layer.values, nullptr, 0, C, m.cache_type};
     if (m.cache_type == FLOAT32) run(Float32(keys), Float32(values));
     else run(Bfloat16Pairs(keys), Bfloat16(values));
-    linear(layer.wo, o.data(), T, layer.bo, x_TD, true, threads);
+    linears({{layer.wo, layer.bo, x_TD, true}}, o.data(), T, threads);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ int32_t forward(const Model* model, const Pass* pass, float* hidden_TD, int thre
     const Model& m = *model;
     int64_t T = pass->num_tokens, D = m.dim;
     Buffer<float> x(T * D), h(T * D);
+    Plan plan = make_plan(m, *pass);
     auto normalise = [&](const float* weight, float* to) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (T > 8)
         for (int64_t t = 0; t < T; ++t) rms_norm(&x[t * D], weight, D, m.norm_eps, to + t * D);
@@ -22,7 +23,7 @@ int32_t forward(const Model* model, const Pass* pass, float* hidden_TD, int thre
     });
     for (const Layer* layer = m.layers; layer < m.layers + m.num_layers; ++layer) {
         normalise(layer->attention_norm, h.data());
-        attention(m, *layer, *pass, h.data(), x.data(), threads);
+        attention(m, *layer, *pass, plan, h.data(), x.data(), threads);
         normalise(layer->ffn_norm, h.data());
         if (layer->router.data && !experts(m, *layer, h.data(), T, x.data(), threads)) return 1;
         if (layer->dense_in.data) dense(m, *layer, h.data(), T, x.data(), threads);
@@ -33,6 +34,6 @@ int32_t forward(const Model* model, const Pass* pass, float* hidden_TD, int thre
 
 // y [T, N] = x [T, D] w^T.
 void multiply(const Matrix* w, const float* x, int64_t num_tokens, float* y, int threads) {
-    linear(*w, x, num_tokens, nullptr, y, false, threads);
+    linears({{*w, nullptr, y}}, x, num_tokens, threads);
 }
 }

@@ -140,7 +140,7 @@ inline bool experts(const Model& m, const Layer& layer, const float* h_TD, int64
     Buffer<float> logits(T * E);
     std::vector<float> weights(T * K);
     std::vector<int32_t> ids(T * K);
-    linear(layer.router, h_TD, T, layer.router_bias, logits.data(), false, threads);
+    linears({{layer.router, layer.router_bias, logits.data()}}, h_TD, T, threads);
     for (int64_t t = 0; t < T; ++t) route(m, layer, &logits[t * E], &ids[t * K], &weights[t * K]);
     if (m.acquire && m.acquire(&layer - m.layers, ids.data(), T * K)) return false;
     Groups groups = group(ids, weights, E, K);

@@ -1,6 +1,6 @@
 // What Python hands over; the structures of native_runner.py and matrix.py are the same, field by field.
 //
-// Shapes: T tokens of the pass, C head dim, P tokens of a cache block, h key/value heads.
+// Shapes: T tokens of the pass, S spans, C head dim, P tokens of a cache block, h key/value heads, R rows of the tables.
 
 #pragma once
 
@@ -49,11 +49,17 @@ struct Model {
     int32_t (*acquire)(int64_t layer, const int32_t* ids, int64_t count);
 };
 
-// Spans of tokens, each of one sequence, as moe_ray/serving/engine/layout.py has them.
+// Consecutive tokens of the sequence of a row, those from a position on.
+struct Span {
+    int64_t row, first, count;
+};
+
+// Tokens of spans, one after another, as moe_ray/serving/engine/layout.py has them.
 struct Pass {
-    const int64_t *tokens, *positions, *slots;
-    const int32_t *counts, *tables;
-    const float *cosines, *sines;  // [T, C]
+    const int64_t* tokens;         // [T]
+    const Span* spans;             // [S]
+    const int32_t* tables;         // [R, table_width]: blocks of each sequence in order
+    const float *cosines, *sines;  // [positions, C]
     int64_t num_tokens, num_spans, table_width;
 };
 }

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <functional>
+#include <initializer_list>
 
 #include "weights.hpp"
 
@@ -222,16 +223,30 @@ inline void put(const float* product, const float* bias, float share, bool add, 
 }
 
 // y = x w^T + bias, or y += that.
-inline void linear(const Matrix& m, const float* x_TD, int64_t T, const float* bias_N, float* y_TN, bool add, int threads) {
-    with_weights(m, false, T > FEW, [&](auto w) {
-        Rows<decltype(w)> x(x_TD, m.columns, {0, T}, nullptr, threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
-        for (int64_t first = 0; first < m.rows; first += CHUNK) {
-            int64_t count = std::min(CHUNK, m.rows - first);
-            auto target = [&](int64_t t) { return y_TN + t * m.rows + first; };
-            multiply(w, neighbours(first, m.rows), x, 0, target, [&](int64_t, const float* product, float* y) {
-                put(product, bias_N ? bias_N + first : nullptr, 1, add, count, y);
-            });
+struct Linear {
+    const Matrix& w;
+    const float* bias_N;
+    float* y_TN;
+    bool add = false;
+};
+
+// Several of the same x, whose weights are of one type and width.
+inline void linears(std::initializer_list<Linear> all, const float* x_TD, int64_t T, int threads) {
+    const Matrix& any = all.begin()->w;
+    std::vector<std::pair<const Linear*, int64_t>> chunks;
+    for (const Linear& linear : all)
+        for (int64_t first = 0; first < linear.w.rows; first += CHUNK) chunks.emplace_back(&linear, first);
+    with_weights(any, false, T > FEW, [&](auto weight) {
+        using Weight = decltype(weight);
+        Rows<Weight> x(x_TD, any.columns, {0, T}, nullptr, threads);
+#pragma omp parallel for num_threads(threads) schedule(static) if (chunks.size() > 1)
+        for (size_t chunk = 0; chunk < chunks.size(); ++chunk) {
+            auto [linear, first] = chunks[chunk];
+            int64_t N = linear->w.rows, count = std::min(CHUNK, N - first);
+            const float* bias = linear->bias_N ? linear->bias_N + first : nullptr;
+            auto target = [&, &linear = *linear, first = first](int64_t t) { return linear.y_TN + t * N + first; };
+            multiply(Weight(linear->w), neighbours(first, N), x, 0, target,
+                     [&, add = linear->add](int64_t, const float* product, float* y) { put(product, bias, 1, add, count, y); });
         }
     });
 }

@@ -190,7 +190,12 @@ using Int8Words = Int8;
 using Int4Words = Int4;
 #endif
 
-constexpr int64_t FEW = 2;  // tokens up to which int4 is not worth to be looked up
+// Tokens up to which codes of int4 are multiplied as integers.
+#ifdef __AVX512BF16__
+constexpr int64_t FEW = 2;
+#else
+constexpr int64_t FEW = 20;
+#endif
 
 // Inputs may be rounded unless `exact`, and never for weights in float32. `many`: weights meet more than FEW tokens.
 template <class F> inline void with_weights(const Matrix& m, bool exact, bool many, F function) {

@@ -26,7 +26,7 @@ from moe_ray.serving.engine.cache import (
     count_blocks,
 )
 from moe_ray.serving.engine.generation import Generation
-from moe_ray.serving.engine.layout import make_layout
+from moe_ray.serving.engine.layout import Layout
 from moe_ray.serving.engine.make_runner import RunnerKind, make_runner
 from moe_ray.serving.engine.request import Chunk, Request, Tokenizer
 from moe_ray.serving.engine.sampler import sample
@@ -92,7 +92,6 @@ class Engine:
             free_share=free_share,
         )
         self._tokenizer = tokenizer
-        self._device = weight.device
         # The model may have more rows than there are tokens; those are never sampled.
         self._vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
         self._max_context = max_context
@@ -206,7 +205,9 @@ class Engine:
         if not ended:
             return chunks
         generations = [self._generations[spans[index].sequence.id] for index in ended]
-        logits_BV = self._runner.logits(hidden_TD[_last_rows(spans, ended)])[:, : self._vocab_size]
+        last = _last_rows(spans, ended)
+        hidden_BD = hidden_TD if len(last) == len(hidden_TD) else hidden_TD[last]
+        logits_BV = self._runner.logits(hidden_BD)[:, : self._vocab_size]
         choices = sample(logits_BV, [generation.row for generation in generations])
         self._generated_tokens += len(choices)
         for generation, choice in zip(generations, choices, strict=True):
@@ -271,8 +272,8 @@ class Engine:
             tokens += sequence.tokens[start : start + count]
         self._computed_tokens += len(tokens)
         self._exchange()
-        layout = make_layout(spans, self._scheduler.tables_RM, BLOCK_TOKENS)
-        return self._runner.forward(torch.tensor(tokens, device=self._device), layout)
+        layout = Layout.of(spans, self._scheduler.tables_RM, BLOCK_TOKENS)
+        return self._runner.forward(np.array(tokens), layout)
 
 
 def check_faithful(config: ModelConfig, allow_unfaithful_routing: bool) -> None:

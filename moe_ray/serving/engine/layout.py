@@ -6,6 +6,7 @@ M blocks that a sequence may have, P tokens of a block.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,40 +23,45 @@ class Layout:
     sequence, and spans of one token come first.
 
     Attributes:
-        position_T: int64, position of each token in its sequence.
-        slot_T: int64, block * P + offset: where its keys and values are stored.
-        first_S: int32, position of each span's first token.
-        count_S: int32, tokens of each span.
-        tables_SB: int32, blocks of each span's sequence in order, padded with 0, which is no sequence's block.
-        num_decoding: spans of one token.
-    """
-
-    position_T: Tensor
-    slot_T: Tensor
-    first_S: Tensor
-    count_S: Tensor
-    tables_SB: Tensor
-    num_decoding: int
-
-
-def make_layout(spans: Sequence[Span], tables_RM: np.ndarray, block_tokens: int) -> Layout:
-    """Layout of spans, those of one token first.
-
-    Args:
-        tables_RM: int32, blocks of the sequence of each row; what lies beyond its end is ignored.
+        spans_S3: int64, of each span the row of its sequence, the position of its first token, its tokens.
+        tables_RM: int32, blocks of the sequence of each row in order; what lies beyond its end is ignored.
         block_tokens: P.
     """
-    numbers_S3 = np.array([(span.sequence.row, span.start, span.count) for span in spans], dtype=np.int64)
-    row_S, first_S, count_S = numbers_S3.T
-    num_decoding = int(np.count_nonzero(count_S == 1))
-    assert (count_S[:num_decoding] == 1).all()
-    blocks_S = -(-(first_S + count_S) // block_tokens)
-    tables_SB = tables_RM[row_S, : blocks_S.max()]
-    tables_SB *= np.arange(tables_SB.shape[1]) < blocks_S[:, None]
-    span_T = np.repeat(np.arange(len(spans)), count_S)
-    before_S = np.cumsum(count_S) - count_S
-    position_T = np.arange(len(span_T)) + (first_S - before_S)[span_T]
-    slot_T = tables_SB[span_T, position_T // block_tokens].astype(np.int64) * block_tokens
-    slot_T += position_T % block_tokens
-    narrow = (torch.from_numpy(array.astype(np.int32)) for array in (first_S, count_S, tables_SB))
-    return Layout(torch.from_numpy(position_T), torch.from_numpy(slot_T), *narrow, num_decoding)
+
+    spans_S3: np.ndarray
+    tables_RM: np.ndarray
+    block_tokens: int
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], tables_RM: np.ndarray, block_tokens: int) -> "Layout":
+        """That of spans, those of one token first."""
+        numbers = [(span.sequence.row, span.start, span.count) for span in spans]
+        return cls(np.array(numbers, dtype=np.int64), tables_RM, block_tokens)
+
+    @cached_property
+    def num_decoding(self) -> int:
+        """Spans of one token."""
+        return int(np.count_nonzero(self.spans_S3[:, 2] == 1))
+
+    @cached_property
+    def tables_SB(self) -> Tensor:
+        """int64, blocks of each span's sequence in order, padded with 0, which is no sequence's block."""
+        row_S, first_S, count_S = self.spans_S3.T
+        blocks_S = -(-(first_S + count_S) // self.block_tokens)
+        tables_SB = self.tables_RM[row_S, : blocks_S.max()].astype(np.int64)
+        tables_SB *= np.arange(tables_SB.shape[1]) < blocks_S[:, None]
+        return torch.from_numpy(tables_SB)
+
+    @cached_property
+    def position_T(self) -> Tensor:
+        """int64, position of each token in its sequence."""
+        _, first_S, count_S = self.spans_S3.T
+        before_S = np.cumsum(count_S) - count_S
+        return torch.from_numpy(np.arange(count_S.sum()) + np.repeat(first_S - before_S, count_S))
+
+    @cached_property
+    def block_T(self) -> Tensor:
+        """int64, the block in which each token's keys and values are stored."""
+        row_T = np.repeat(self.spans_S3[:, 0], self.spans_S3[:, 2])
+        block_T = self.tables_RM[row_T, self.position_T.numpy() // self.block_tokens]
+        return torch.from_numpy(block_T.astype(np.int64))

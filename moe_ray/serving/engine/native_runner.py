@@ -1,13 +1,14 @@
 """Generation on a CPU: a whole forward pass is one call of the C++ in `moe_ray/native`.
 
-Shapes: T tokens of the pass, D model dim, B rows that get a token, V vocabulary, C head dim,
-P positions.
+Shapes: T tokens of the pass, S spans, D model dim, B rows that get a token, V vocabulary, C head dim,
+P positions, R rows of the tables, M blocks that a sequence may have.
 """
 
 import ctypes
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -63,7 +64,7 @@ _Model = _struct(
 )
 _Pass = _struct(
     "_Pass",
-    (c_void_p, "tokens positions slots counts tables cosines sines"),
+    (c_void_p, "tokens spans tables cosines sines"),
     (c_int64, "num_tokens num_spans table_width"),
 )
 
@@ -105,12 +106,19 @@ class NativeRunner:
         self._model = self._describe(model, cache)
         self._head = self._matrix(model.embed.weight if model.head is None else model.head.weight)
 
-    def forward(self, tokens_T: Tensor, layout: Layout) -> Tensor:
+    def forward(self, tokens_T: np.ndarray, layout: Layout) -> Tensor:
         """See `Runner`; the result is float32."""
-        cos, sin = self._rope(layout.position_T)
-        inputs = [tokens_T, layout.position_T, layout.slot_T, layout.count_S, layout.tables_SB, cos, sin]
-        inputs = [tensor.contiguous() for tensor in inputs]
-        pass_ = _Pass(*map(Tensor.data_ptr, inputs), len(tokens_T), len(layout.count_S), layout.tables_SB.shape[1])
+        spans_S3, tables_RM = layout.spans_S3, layout.tables_RM
+        assert all(array.flags.c_contiguous for array in (tokens_T, spans_S3, tables_RM))
+        cos_PC, sin_PC = self._rope(int((spans_S3[:, 1] + spans_S3[:, 2]).max()))
+        pass_ = _Pass(
+            *(array.ctypes.data for array in (tokens_T, spans_S3, tables_RM)),
+            cos_PC.data_ptr(),
+            sin_PC.data_ptr(),
+            len(tokens_T),
+            len(spans_S3),
+            tables_RM.shape[1],
+        )
         hidden_TD = torch.empty(len(tokens_T), self._config.dim)
         missing = self._library.forward(
             ctypes.byref(self._model), ctypes.byref(pass_), c_void_p(hidden_TD.data_ptr()), torch.get_num_threads()
@@ -124,14 +132,13 @@ class NativeRunner:
         """See `Runner`."""
         return multiply(self._head, hidden_BD.float().contiguous())
 
-    def _rope(self, position_T: Tensor) -> Rope:
-        """Rows of a table, which grows with the longest text."""
-        if int(position_T.max()) >= len(self._rope_table[0]):
-            length = max(_FIRST_POSITIONS, 1 << int(position_T.max()).bit_length())
-            cos_11PC, sin_11PC = rope_cos_sin(torch.arange(length)[None], self._config)
-            self._rope_table = cos_11PC[0, 0], sin_11PC[0, 0]
-        cos_PC, sin_PC = self._rope_table
-        return cos_PC[position_T], sin_PC[position_T]
+    def _rope(self, length: int) -> Rope:
+        """Rotations of at least so many positions."""
+        if length > len(self._rope_table[0]):
+            position_1P = torch.arange(max(_FIRST_POSITIONS, 1 << (length - 1).bit_length()))[None]
+            cos_11PC, sin_11PC = rope_cos_sin(position_1P, self._config)
+            self._rope_table = cos_11PC[0, 0].contiguous(), sin_11PC[0, 0].contiguous()
+        return self._rope_table
 
     def _describe(self, model: Transformer, cache: KVCache) -> Structure:
         config = self._config

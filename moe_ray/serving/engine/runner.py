@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ Masks = dict[int | None, Tensor | None]
 class Runner(Protocol):
     """What computes the model for the engine."""
 
-    def forward(self, tokens_T: Tensor, layout: Layout) -> Tensor:
+    def forward(self, tokens_T: np.ndarray, layout: Layout) -> Tensor:
         """Normalised final hidden states `hidden_TD` of token ids (int64); stores the new keys and values."""
         ...
 
@@ -43,12 +44,12 @@ class TorchRunner:
         self.dtype = model.embed.weight.dtype
         self._windows = frozenset(map(model.config.window, range(model.config.num_layers)))
 
-    def forward(self, tokens_T: Tensor, layout: Layout) -> Tensor:
+    def forward(self, tokens_T: np.ndarray, layout: Layout) -> Tensor:
         """See `Runner`."""
         pass_ = _make_pass(layout, self._cache, self._windows, self._device)
         views = [_LayerView(k_XhPC, v_XhPU, pass_) for k_XhPC, v_XhPU in self._cache.layers]
         positions_1T = layout.position_T.to(self._device)[None]
-        return self._model(tokens_T.to(self._device)[None], positions_1T, views).hidden_BSD[0]
+        return self._model(torch.from_numpy(tokens_T).to(self._device)[None], positions_1T, views).hidden_BSD[0]
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """See `Runner`."""
@@ -85,10 +86,10 @@ class _Pass:
 
 
 def _make_pass(layout: Layout, cache: KVCache, windows: Iterable[int | None], device: torch.device) -> _Pass:
-    block_T, offset_T = layout.slot_T // cache.block_tokens, layout.slot_T % cache.block_tokens
+    block_T, offset_T = layout.block_T, layout.position_T % cache.block_tokens
     decoding = layout.num_decoding
-    end_S = (layout.first_S + layout.count_S).tolist()
-    counts = layout.count_S.tolist()
+    counts = layout.spans_S3[:, 2].tolist()
+    end_S = (layout.spans_S3[:, 1] + layout.spans_S3[:, 2]).tolist()
     spans = [slice(0, decoding)] if decoding else []
     spans += [slice(index, index + 1) for index in range(decoding, len(counts))]
     groups, begin = [], 0
@@ -107,7 +108,7 @@ def _make_pass(layout: Layout, cache: KVCache, windows: Iterable[int | None], de
 
 def _gather(tables_sB: Tensor, cache: KVCache, length: int) -> Tensor:
     heads = cache.layers[0][0].shape[1]
-    tables_s1n = tables_sB[:, None, : -(-length // cache.block_tokens)].long()
+    tables_s1n = tables_sB[:, None, : -(-length // cache.block_tokens)]
     return (tables_s1n * heads + torch.arange(heads)[:, None]).flatten()
 
 

@@ -6,10 +6,12 @@ distribution over token ids is inverted at one uniform number a token.
 Shapes: B rows, V vocabulary, b a subset of the rows, N most likely tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,26 +66,31 @@ class Row:
 def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Choice]:
     """One choice a row."""
     logits_BV = logits_BV.float()
-    # NaN and infinity survive a maximum.
-    finite = logits_BV.amax(dim=-1).isfinite().tolist()
     params = [row.params for row in rows]
+    token_B, highest = _most_likely(logits_BV)
     adjusted_BV = adjust(logits_BV, [row.adjustments for row in rows])
-    token_B = _argmax(adjusted_BV)
+    if adjusted_BV is not logits_BV:
+        token_B, _ = _most_likely(adjusted_BV)
     drawn = [index for index, param in enumerate(params) if param.temperature > 0]
     if drawn:
         token_B[drawn] = _draw(adjusted_BV[drawn], [rows[index] for index in drawn])
     logprobs = _logprobs(logits_BV, token_B, params)
     return [
-        Choice(token if good else None, logprob)
-        for token, good, logprob in zip(token_B.tolist(), finite, logprobs, strict=True)
+        # NaN and infinity survive a maximum.
+        Choice(token if math.isfinite(most) else None, logprob)
+        for token, most, logprob in zip(token_B.tolist(), highest, logprobs, strict=True)
     ]
 
 
-def _argmax(logits_BV: Tensor) -> Tensor:
+def _most_likely(logits_BV: Tensor) -> tuple[Tensor, list[float]]:
+    """The first token of the highest logit of each row, and that logit."""
     if logits_BV.device.type != "cpu":
-        return logits_BV.argmax(dim=-1)
+        highest_B, token_B = logits_BV.max(dim=-1)
+        return token_B, highest_B.tolist()
     # torch's own compares number by number.
-    return torch.from_numpy(logits_BV.detach().numpy().argmax(axis=-1))
+    numbers_BV = logits_BV.detach().numpy()
+    token_B = numbers_BV.argmax(axis=-1)
+    return torch.from_numpy(token_B), numbers_BV[np.arange(len(token_B)), token_B].tolist()
 
 
 def _draw(logits_bV: Tensor, rows: Sequence[Row]) -> Tensor:
