@@ -68,17 +68,21 @@ template <class M> struct Rows {
 template <int R, int n, class M>
 inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_t stride, bool ahead, float* y) {
     typename M::Sums products[n * R];
+#pragma GCC unroll 24
     for (auto& product : products) product = typename M::Sums{};
     int64_t column = 0;
     for (; column + M::LEAST <= w.columns; column += M::STEP) {
         decltype(w.at(0, 0)) weights[R];
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             weights[r] = w.at(row + r, column);
             if (ahead) fetch(w.address(row + AHEAD * R + r, column));
         }
+#pragma GCC unroll 6
         for (int i = 0; i < n; ++i) {
             auto values = M::values(x + i * stride + column);
             load_once(values);
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) products[i * R + r] = M::add(products[i * R + r], weights[r], values);
         }
     }

@@ -14,7 +14,7 @@ template <class Inputs> struct Weights : Inputs {
     static constexpr int ROWS = 4;
     static constexpr bool SCALED = false;
     static int64_t stride(int64_t columns) { return (columns + 31) / 32 * 32; }
-    static int64_t many(int64_t columns) { return std::clamp<int64_t>(columns / 24, 16, 48); }
+    static int64_t many(int64_t columns) { return std::clamp<int64_t>(16 + columns / 64, 24, 48); }
     static typename Inputs::Values values(const typename Inputs::Input* x) { return load<typename Inputs::Values>(x); }
     float factor(int64_t) const { return 1; }
     vec finish(int64_t, const typename Inputs::Input*, typename Inputs::Sums sums) const { return Inputs::total(sums); }
@@ -35,7 +35,7 @@ struct Bfloat16 : Weights<Float32Inputs> {
     explicit Bfloat16(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
     const void* address(int64_t row, int64_t column) const { return data + row * columns + column; }
     vec at(int64_t row, int64_t column) const {
-        return (vec)(__builtin_convertvector(load<u16>(data + row * columns + column), u32) << 16);
+        return (vec)(widen(load<u16>(data + row * columns + column)) << 16);
     }
     float one(int64_t row, int64_t column) const { return from_bf16(data[row * columns + column]); }
 };
@@ -54,7 +54,7 @@ template <class Inputs> struct Int8Codes : Weights<Inputs> {
 struct Int8 : Int8Codes<Float32Inputs> {
     using Int8Codes::Int8Codes;
     vec at(int64_t row, int64_t column) const {
-        return __builtin_convertvector(__builtin_convertvector(load<i8>(data + row * columns + column), i32), vec);
+        return __builtin_convertvector(widen(load<i8>(data + row * columns + column)), vec);
     }
 };
 
@@ -75,7 +75,7 @@ struct Int4 : Int4Codes<Float32Inputs> {
         int64_t block = (row * columns + column) / 32;
         u8 bytes = load<u8>(data + block * 16);
         u8 codes = column & 16 ? bytes >> 4 : bytes & 15;
-        vec value = __builtin_convertvector(__builtin_convertvector(codes, i32), vec);
+        vec value = __builtin_convertvector(widen((i8)codes), vec);
         return value * from_bf16(scales[2 * block]) + from_bf16(scales[2 * block + 1]);
     }
 };
