@@ -88,7 +88,7 @@ inline void hidden(const Model& m, const Stacked& in, const Groups& groups, cons
     with_weights(*in.weights, m.cache_type == FLOAT32, many, [&](auto any) {
         using Weight = decltype(any);
         Rows<Weight> x(h_TD, m.dim, groups.ends, groups.tokens.data(), threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
         for (size_t piece = 0; piece < pieces.size(); ++piece) {
             auto [e, f] = pieces[piece];
             int64_t count = std::min(step, F - f), some = std::min<int64_t>(W, count);
@@ -119,7 +119,7 @@ inline void feed_forward(const Model& m, const Stacked& in, const Stacked& out, 
         using Weight = decltype(any);
         Rows<Weight> active(active_NF.data(), F, groups.ends, nullptr, threads);
         // A thread owns columns of the result: several experts add to the same token.
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 2)
         for (int64_t first = 0; first < D; first += CHUNK)
             for (int64_t e = 0; e < E; ++e) {
                 int64_t count = std::min(CHUNK, D - first);
