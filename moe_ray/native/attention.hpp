@@ -181,7 +181,7 @@ inline Plan make_plan(const Model& m, const Pass& pass) {
 inline void attention(const Model& m, const Layer& layer, const Pass& pass, const Plan& plan, const float* h_TD, float* x_TD,
                       int threads) {
     int64_t T = pass.num_tokens, C = m.head_dim, q_width = m.heads * C, kv_width = m.kv_heads * C;
-    Scratch<float> q(T * q_width), k(T * kv_width), v(T * kv_width), o(T * q_width);
+    Buffer<float> q(T * q_width), k(T * kv_width), v(T * kv_width), o(T * q_width);
     linears({{layer.wq, layer.bq, q.data()}, {layer.wk, layer.bk, k.data()}, {layer.wv, layer.bv, v.data()}}, h_TD, T, threads);
 #pragma omp parallel for num_threads(threads) schedule(static) if (T > 8)
     for (int64_t t = 0; t < T; ++t) {

@@ -11,7 +11,7 @@ extern "C" {
 int32_t forward(const Model* model, const Pass* pass, float* hidden_TD, int threads) {
     const Model& m = *model;
     int64_t T = pass->num_tokens, D = m.dim;
-    Scratch<float> x(T * D), h(T * D);
+    Buffer<float> x(T * D), h(T * D);
     Plan plan = make_plan(m, *pass);
     auto normalise = [&](const float* weight, float* to) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (T > 8)

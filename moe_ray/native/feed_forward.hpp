@@ -113,7 +113,7 @@ inline void feed_forward(const Model& m, const Stacked& in, const Stacked& out, 
     int64_t E = groups.ends.size() - 1, D = m.dim, F = out.weights->columns, N = groups.ends.back(), chosen = 0;
     for (int64_t e = 0; e < E; ++e) chosen += groups.ends[e] < groups.ends[e + 1];
     bool many = N > FEW * chosen;
-    Scratch<float> active_NF(N * F);
+    Buffer<float> active_NF(N * F);
     hidden(m, in, groups, h_TD, F, many, active_NF.data(), threads);
     with_weights(*out.weights, m.cache_type == FLOAT32, many, [&](auto any) {
         using Weight = decltype(any);
@@ -137,7 +137,7 @@ inline void feed_forward(const Model& m, const Stacked& in, const Stacked& out, 
 // Whether all experts could be had.
 inline bool experts(const Model& m, const Layer& layer, const float* h_TD, int64_t T, float* x_TD, int threads) {
     int64_t E = m.num_experts, K = m.top_k;
-    Scratch<float> logits(T * E);
+    Buffer<float> logits(T * E);
     std::vector<float> weights(T * K);
     std::vector<int32_t> ids(T * K);
     linears({{layer.router, layer.router_bias, logits.data()}}, h_TD, T, threads);

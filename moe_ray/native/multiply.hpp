@@ -46,8 +46,8 @@ template <class M> struct Rows {
     using Input = typename M::Input;
     std::vector<int64_t> ends;
     int64_t stride;
-    Scratch<Input> data;
-    Scratch<float> scales;
+    Buffer<Input> data;
+    Buffer<float> scales;
 
     // Row i is row order[i] of x, or row i.
     Rows(const float* x, int64_t columns, const std::vector<int64_t>& ends, const int64_t* order, int threads)

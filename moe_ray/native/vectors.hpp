@@ -63,34 +63,6 @@ template <class T> struct Aligned : std::allocator<T> {
 };
 template <class T> using Buffer = std::vector<T, Aligned<T>>;
 
-// Blocks of powers of two that a thread keeps for its next pass: fresh pages take longer than what is done with them.
-struct Blocks {
-    std::vector<void*> free[64];
-    ~Blocks() {
-        for (auto& blocks : free)
-            for (void* block : blocks) ::operator delete(block, std::align_val_t(64));
-    }
-    static std::vector<void*>& of(size_t bytes) {
-        thread_local Blocks blocks;
-        return blocks.free[power(bytes)];
-    }
-    static int power(size_t bytes) { return bytes > 64 ? 64 - __builtin_clzll(bytes - 1) : 6; }
-};
-
-// For what a function has on its stack.
-template <class T> struct Recycled : Aligned<T> {
-    template <class U> struct rebind { using other = Recycled<U>; };
-    T* allocate(size_t count) {
-        auto& free = Blocks::of(count * sizeof(T));
-        if (free.empty()) return (T*)::operator new(size_t(1) << Blocks::power(count * sizeof(T)), std::align_val_t(64));
-        void* block = free.back();
-        free.pop_back();
-        return (T*)block;
-    }
-    void deallocate(T* memory, size_t count) { Blocks::of(count * sizeof(T)).push_back(memory); }
-};
-template <class T> using Scratch = std::vector<T, Recycled<T>>;
-
 // The sums of up to 16 vectors, that of leaf(first + i) in lane i; of those from `count` on, whatever. A fold halves their number: of two it keeps, in the lanes whose
 // number has the bit and in those without it, what each of them sums to.
 template <int bit, int... lane> __attribute__((always_inline)) inline vec fold(vec a, vec b, std::integer_sequence<int, lane...>) {
