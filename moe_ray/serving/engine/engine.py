@@ -273,7 +273,7 @@ class Engine:
         self._computed_tokens += len(tokens)
         self._exchange()
         layout = Layout.of(spans, self._scheduler.tables_RM, BLOCK_TOKENS)
-        return self._runner.forward(np.array(tokens), layout)
+        return self._runner.forward(np.array(tokens, dtype=np.int64), layout)
 
 
 def check_faithful(config: ModelConfig, allow_unfaithful_routing: bool) -> None:
