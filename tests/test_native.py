@@ -15,7 +15,7 @@ from moe_ray.errors import ConfigError
 from moe_ray.models.quantize import QuantizedExperts, dequantize, quantize, quantize_experts
 from moe_ray.models.transformer import build_model
 from moe_ray.native.matrix import as_matrix, multiply
-from moe_ray.serving.engine.cache import BLOCK_TOKENS, KVCache
+from moe_ray.serving.engine.cache import BLOCK_TOKENS, KVCache, blocks_of
 from moe_ray.serving.engine.engine import Engine
 from moe_ray.serving.engine.layout import Layout
 from moe_ray.serving.engine.make_runner import make_runner
@@ -85,8 +85,11 @@ def build(variant, dtype=torch.float32):
 
 
 def make_layout_of(spans, tables):
-    """Spans as (sequence, first position, count)."""
-    return Layout(np.array(spans, dtype=np.int64), np.array(tables, dtype=np.int32), BLOCK_TOKENS)
+    """Spans as (sequence, first position, count); there is no block where their tables go on."""
+    tables_RM = np.array(tables, dtype=np.int32)
+    for row, first, count in spans:
+        tables_RM[row, blocks_of(first + count) :] = 2**31 - 1
+    return Layout(np.array(spans, dtype=np.int64), tables_RM, BLOCK_TOKENS)
 
 
 def passes(config):
