@@ -5,6 +5,7 @@ import random
 import stat
 import subprocess
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
@@ -238,6 +239,19 @@ class TestMultiply:
         w_ND = w_ND.to(getattr(torch, kind))
         bound_TN = (2e-6 if kind == "float32" else 0.005) * (x_TD.abs() @ w_ND.float().abs().T)
         assert ((multiply(as_matrix(w_ND), x_TD) - x_TD @ w_ND.float().T).abs() <= bound_TN).all()
+
+    @pytest.mark.parametrize(
+        ("kind", "columns"),
+        [*product(("float32", "bfloat16"), (24, 26, 64, 90)), ("int8", 64), ("int8", 96)],
+    )
+    def test_of_a_row_is_the_same_among_others(self, kind, columns):
+        generator = torch.Generator().manual_seed(columns)
+        x_TD, w_ND = (torch.randn(n, columns, generator=generator) for n in (23, 21))
+        quantized = quantize(w_ND, "int8") if kind == "int8" else (w_ND.to(getattr(torch, kind)), None)
+        matrix = as_matrix(*quantized)
+        alone_TN = torch.cat([multiply(matrix, x_1D) for x_1D in x_TD.split(1)])
+        for count in range(1, 24):
+            assert torch.equal(multiply(matrix, x_TD[:count]), alone_TN[:count])
 
     @pytest.mark.parametrize("kind", ["int8", "int4"])
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

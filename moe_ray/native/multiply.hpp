@@ -91,9 +91,11 @@ inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_
     store(totals, sums<0, n * R>(finished));
     if constexpr (n * R > W) store(totals + W, sums<W, n * R>(finished));
     for (int i = 0; i < n; ++i) std::memcpy(y + i * CHUNK, totals + i * R, R * sizeof(float));
+    // Compilers round the product for some numbers of tokens and not for others, if they may choose.
     for (; column < w.columns; ++column)
         for (int i = 0; i < n; ++i)
-            for (int r = 0; r < R; ++r) y[i * CHUNK + r] += w.one(row + r, column) * wide(x[i * stride + column]);
+            for (int r = 0; r < R; ++r)
+                y[i * CHUNK + r] = std::fma(w.one(row + r, column), wide(x[i * stride + column]), y[i * CHUNK + r]);
 }
 
 // y[i * CHUNK + r] = row r of w . x[i].

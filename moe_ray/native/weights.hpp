@@ -190,7 +190,8 @@ using Int8Words = Int8;
 using Int4Words = Int4;
 #endif
 
-// Tokens up to which codes of int4 are multiplied as integers.
+// Tokens up to which codes of int4 are multiplied as integers, if the processor has the instructions: without those for
+// bfloat16, what is looked up takes longer.
 #ifdef __AVX512BF16__
 constexpr int64_t FEW = 2;
 #else

@@ -24,7 +24,8 @@ class Layout:
 
     Attributes:
         spans_S3: int64, of each span the row of its sequence, the position of its first token, its tokens.
-        tables_RM: int32, blocks of the sequence of each row in order; what lies beyond its end is ignored.
+        tables_RM: int32, blocks of the sequence of each row in order; what lies beyond its end is ignored. It is
+            the scheduler's own, so a layout is good until that plans again.
         block_tokens: P.
     """
 
@@ -41,7 +42,10 @@ class Layout:
     @cached_property
     def num_decoding(self) -> int:
         """Spans of one token."""
-        return int(np.count_nonzero(self.spans_S3[:, 2] == 1))
+        count_S = self.spans_S3[:, 2]
+        number = int(np.count_nonzero(count_S == 1))
+        assert (count_S[:number] == 1).all()
+        return number
 
     @cached_property
     def tables_SB(self) -> Tensor:

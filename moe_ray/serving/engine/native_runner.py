@@ -94,7 +94,7 @@ class NativeRunner:
         self._library = load()
         self._config = model.config
         # Memory that the structures point to.
-        self._kept: list[Any] = []
+        self._kept: list[Any] = [cache]
         self._rope_table: Rope = (torch.empty(0), torch.empty(0))
         self._offloaded = OffloadedLayers(model.config.top_k)
         layers = [
@@ -110,6 +110,8 @@ class NativeRunner:
         """See `Runner`; the result is float32."""
         spans_S3, tables_RM = layout.spans_S3, layout.tables_RM
         assert all(array.flags.c_contiguous for array in (tokens_T, spans_S3, tables_RM))
+        assert tokens_T.dtype == spans_S3.dtype == np.int64
+        assert tables_RM.dtype == np.int32
         cos_PC, sin_PC = self._rope(int((spans_S3[:, 1] + spans_S3[:, 2]).max()))
         pass_ = _Pass(
             *(array.ctypes.data for array in (tokens_T, spans_S3, tables_RM)),
