@@ -206,6 +206,7 @@ class Engine:
             return chunks
         generations = [self._generations[spans[index].sequence.id] for index in ended]
         last = _last_rows(spans, ended)
+        # Picking all rows would copy them.
         hidden_BD = hidden_TD if len(last) == len(hidden_TD) else hidden_TD[last]
         logits_BV = self._runner.logits(hidden_BD)[:, : self._vocab_size]
         choices = sample(logits_BV, [generation.row for generation in generations])

@@ -7,6 +7,7 @@ M blocks that a sequence may have, P tokens of a block.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Layout:
     block_tokens: int
 
     @classmethod
-    def of(cls, spans: Sequence[Span], tables_RM: np.ndarray, block_tokens: int) -> "Layout":
+    def of(cls, spans: Sequence[Span], tables_RM: np.ndarray, block_tokens: int) -> Self:
         """That of spans, those of one token first."""
         numbers = [(span.sequence.row, span.start, span.count) for span in spans]
         return cls(np.array(numbers, dtype=np.int64), tables_RM, block_tokens)

@@ -67,7 +67,7 @@ def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Choice]:
     """One choice a row."""
     logits_BV = logits_BV.float()
     params = [row.params for row in rows]
-    token_B, highest = _most_likely(logits_BV)
+    token_B, highest_B = _most_likely(logits_BV)
     adjusted_BV = adjust(logits_BV, [row.adjustments for row in rows])
     if adjusted_BV is not logits_BV:
         token_B, _ = _most_likely(adjusted_BV)
@@ -78,19 +78,19 @@ def sample(logits_BV: Tensor, rows: Sequence[Row]) -> list[Choice]:
     return [
         # NaN and infinity survive a maximum.
         Choice(token if math.isfinite(most) else None, logprob)
-        for token, most, logprob in zip(token_B.tolist(), highest, logprobs, strict=True)
+        for token, most, logprob in zip(token_B.tolist(), highest_B.tolist(), logprobs, strict=True)
     ]
 
 
-def _most_likely(logits_BV: Tensor) -> tuple[Tensor, list[float]]:
-    """The first token of the highest logit of each row, and that logit."""
+def _most_likely(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely token of each row, and its logit."""
     if logits_BV.device.type != "cpu":
         highest_B, token_B = logits_BV.max(dim=-1)
-        return token_B, highest_B.tolist()
+        return token_B, highest_B
     # torch's own compares number by number.
     numbers_BV = logits_BV.detach().numpy()
     token_B = numbers_BV.argmax(axis=-1)
-    return torch.from_numpy(token_B), numbers_BV[np.arange(len(token_B)), token_B].tolist()
+    return torch.from_numpy(token_B), torch.from_numpy(numbers_BV[np.arange(len(token_B)), token_B])
 
 
 def _draw(logits_bV: Tensor, rows: Sequence[Row]) -> Tensor:
