@@ -31,10 +31,9 @@ _OBJECT_STORE_BYTES = 100_000_000
 class Nodes:
     """A head without CPUs, and nodes of one CPU that come and go."""
 
-    def __init__(self, temp_dir: str, count: int) -> None:
+    def __init__(self, count: int) -> None:
         self.cluster = Cluster(
-            initialize_head=True,
-            head_node_args={"num_cpus": 0, "object_store_memory": _OBJECT_STORE_BYTES, "temp_dir": temp_dir},
+            initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": _OBJECT_STORE_BYTES}
         )
         self.nodes: list[Any] = []
         self.resize(count)
@@ -66,10 +65,11 @@ def start_nodes(count: int) -> Iterator[Nodes]:
     # Unix sockets live in it, whose paths hold at most 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="mr-", dir="/tmp")
     before = dict(os.environ)
-    os.environ.update(QUICK_TO_NOTICE)
+    # Not `temp_dir` of the head: Ray's Cluster would still write its address to the default one, which may not exist.
+    os.environ.update(QUICK_TO_NOTICE, RAY_TMPDIR=temp_dir)
     nodes = None
     try:
-        nodes = Nodes(temp_dir, count)
+        nodes = Nodes(count)
         yield nodes
     finally:
         if nodes is not None:
