@@ -4,13 +4,15 @@ usage: serve run serve_apps.moe_lm:build checkpoint=RUN_OR_CHECKPOINT_OR_FOLDER 
 """
 
 import difflib
+import sys
 
+import click
 from ray.serve import Application
 
 from moe_ray.checkpoint.catalog import list_steps
 from moe_ray.checkpoint.inference import check_expert_budget, resolve_source
 from moe_ray.config import TelemetryConfig, build_config
-from moe_ray.errors import ConfigError
+from moe_ray.errors import ConfigError, MoeRayError
 from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.api_keys import load_keys
 from moe_ray.serving.deployment import make_application
@@ -32,6 +34,17 @@ def build(args: dict[str, str]) -> Application:
         ConfigError: a key is unknown or a value not allowed.
         CheckpointError: there is no such checkpoint, or it is damaged.
     """
+    try:
+        return _build(args)
+    except MoeRayError as error:
+        # `serve run` builds in its own process and would print a traceback; it ends as jobs do.
+        if click.get_current_context(silent=True) is None:
+            raise
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _build(args: dict[str, str]) -> Application:
     for key in args:
         if key.endswith("port"):
             raise ConfigError(

@@ -65,7 +65,7 @@ def start_nodes(count: int) -> Iterator[Nodes]:
     # Unix sockets live in it, whose paths hold at most 107 characters.
     temp_dir = tempfile.mkdtemp(prefix="mr-", dir="/tmp")
     before = dict(os.environ)
-    # Not `temp_dir` of the head: Ray's Cluster would still write its address to the default one, which may not exist.
+    # Not the head's `temp_dir`: Ray's Cluster would still write its address to the default, which may not exist.
     os.environ.update(QUICK_TO_NOTICE, RAY_TMPDIR=temp_dir)
     nodes = None
     try:

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import json
 import queue
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -200,7 +202,9 @@ class TestAnswers:
 
     def test_models(self, call):
         listed = call("GET", "/v1/models").json()
-        assert [model["id"] for model in listed["data"]] == ["tiny"]
+        [model] = listed["data"]
+        assert (model["id"], model["step"]) == ("tiny", 1)
+        assert (model["dtype"], model["quantize"], model["max_model_len"]) == ("float32", "none", MAX_CONTEXT)
         assert call("GET", "/v1/models/tiny").json() == listed["data"][0]
         response = call("GET", "/v1/models/a/b")
         assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
@@ -301,6 +305,15 @@ class TestRefusals:
         assert error["param"] == param
         assert len(error["message"]) < 500
         assert complete().status_code == 200
+
+    @pytest.mark.parametrize(
+        ("param", "value", "reason"),
+        [("stop", ["x"] * 5, "at most 4 items"), ("stop", "", "at least 1 character")],
+    )
+    def test_value_of_several_types_is_judged_as_its_own(self, complete, param, value, reason):
+        error = error_of(complete(**{param: value}))
+        assert error["param"] == param
+        assert reason in error["message"]
 
     @pytest.mark.parametrize(("content", "status"), BAD_BODIES, ids=lambda value: str(value)[:20])
     def test_bad_bodies(self, call, content, status):
@@ -412,6 +425,14 @@ class TestBuilder:
     def test_missing_checkpoint(self, tmp_path):
         with pytest.raises(CheckpointError, match=r"nowhere.*does not exist"):
             self.build(checkpoint=str(tmp_path / "nowhere"))
+
+    def test_serve_run_ends_with_the_line_alone(self):
+        command = [Path(sys.executable).parent / "serve", "run", "serve_apps.moe_lm:build", "checkpoint=nowhere"]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        assert ended.returncode == 2
+        assert ended.stderr.splitlines()[-1].startswith("error: ")
+        assert "nowhere" in ended.stderr
+        assert "Traceback" not in ended.stdout + ended.stderr
 
     def test_relative_path_and_overrides(self, checkpoint, monkeypatch):
         monkeypatch.chdir(checkpoint.parent)

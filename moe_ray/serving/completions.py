@@ -38,7 +38,7 @@ from moe_ray.serving.openai.embeddings import (
     list_body,
     text_routing,
 )
-from moe_ray.serving.openai.models import model_body
+from moe_ray.serving.openai.models import Model
 from moe_ray.serving.openai.sampling import SamplingFields
 from moe_ray.serving.prompts import check_length, echo_chunk, encode_prompt, too_long
 from moe_ray.serving.responses import json_response
@@ -80,7 +80,16 @@ class CompletionService:
         self.max_http_requests = config.max_http_requests
         self.step = model.step
         self.architecture = model.config.model
-        self.model_body = model_body(model.name, int(model.path.stat().st_mtime), model.step)
+        self.model_body = Model(
+            id=model.name,
+            object="model",
+            created=int(model.path.stat().st_mtime),
+            owned_by="moe_ray",
+            step=model.step,
+            dtype=str(model.model.embed.weight.dtype).removeprefix("torch."),
+            quantize=model.quantize if config.quantize == "none" else config.quantize,
+            max_model_len=self._max_context,
+        ).model_dump()
         self._engine = start_engine(model, config, self._max_context)
         self._responses = build_response_cache(self._engine, model, config)
 

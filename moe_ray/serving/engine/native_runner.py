@@ -144,6 +144,8 @@ class NativeRunner:
 
     def _describe(self, model: Transformer, cache: KVCache) -> Structure:
         config = self._config
+        # Attention reads whole vectors of positions within a block.
+        assert cache.block_tokens % 16 == 0
         return _Model(
             layers=ctypes.cast(self._layers, c_void_p),
             embed=self._matrix(model.embed.weight),

@@ -137,7 +137,10 @@ def _same(value: Any, neutral: Any) -> bool:
 
 
 def _raise_first(kind: type[Fields], error: ValidationError) -> NoReturn:
-    details = error.errors(include_url=False, include_context=False)[0]
+    problems = error.errors(include_url=False, include_context=False)
+    # A value that may be of several types fails as each of them; what is wrong with it as its own type says more.
+    of_field = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
+    details = next((problem for problem in of_field if not problem["type"].endswith("_type")), problems[0])
     location = [str(part) for part in details["loc"] if part != "str" and not str(part).startswith(_KINDS)] or [
         "body"
     ]

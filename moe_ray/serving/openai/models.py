@@ -1,7 +1,10 @@
 """`GET /v1/models`."""
 
-from typing import Any, Literal
+from typing import Literal
 
+from pydantic import Field
+
+from moe_ray.section import Quantize
 from moe_ray.serving.openai.base import Answer
 
 
@@ -12,7 +15,10 @@ class Model(Answer):
     object: Literal["model"]
     created: int
     owned_by: str
-    step: int
+    step: int = Field(description="optimizer steps behind the weights; 0 for a Hugging Face folder")
+    dtype: str = Field(description="type of the weights and the KV cache")
+    quantize: Quantize = Field(description="scheme of the experts' weights")
+    max_model_len: int = Field(description="most tokens of a prompt and its answer")
 
 
 class ModelList(Answer):
@@ -26,8 +32,3 @@ class Status(Answer):
     """Answer of the health checks."""
 
     status: Literal["ok"]
-
-
-def model_body(name: str, created: int, step: int) -> dict[str, Any]:
-    """A `Model`; `step` says which checkpoint of its run answers, 0 for a Hugging Face folder."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "moe_ray", "step": step}
