@@ -66,7 +66,7 @@ template <class M> void score(const M& keys, const Rows<M>& q, const Sight& sigh
                    {std::min<int64_t>(W, sight.end - at), std::clamp<int64_t>(sight.end - at - W, 0, W)}};
         for (int64_t soon : {sight.row_after(at + W), sight.row_after(at + CHUNK)})
             for (int64_t r = 0; r < W; ++r)
-                for (int64_t c = 0; c < keys.columns; c += M::STEP) fetch(keys.address(soon + r, c));
+                for (int64_t c = 0; c < keys.columns; c += M::STEP) fetch(address(keys, soon + r, c));
         auto target = [&](int64_t r) { return scores + r * padded + at - sight.base; };
         multiply(keys, rows, q, 0, target, [&](int64_t, const float* products, float* to) {
             store(to, load<vec>(products));
@@ -106,7 +106,7 @@ inline void mix(const M& values, const Sight& sight, const float* weights, int64
             vec value[v];
             for (int k = 0; k < v; ++k) {
                 value[k] = values.at(row, c + k * W);
-                fetch(values.address(soon, c + k * W));
+                fetch(address(values, soon, c + k * W));
             }
             for (int i = 0; i < n; ++i)
                 for (int k = 0; k < v; ++k) sums[i][k] += value[k] * weight[i * padded];

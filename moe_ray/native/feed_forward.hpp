@@ -77,18 +77,18 @@ struct Stacked {
 };
 
 // Activations [N, F] of the normalised rows h.
-inline void hidden(const Model& m, const Stacked& in, const Groups& groups, const float* h_TD, int64_t F, bool many,
-                   float* active_NF, int threads) {
+inline void hidden(const Model& m, const Stacked& in, const Groups& groups, const std::vector<int64_t>& chosen,
+                   const float* h_TD, int64_t F, bool many, float* active_NF, int threads) {
     bool gated = is_gated(m);
     int64_t G = gated ? 2 * F : F, step = gated ? W : CHUNK;
-    // Work in pieces of rows of those experts that were chosen.
+    // Work in pieces of rows.
     std::vector<std::pair<int64_t, int64_t>> pieces;
-    for (size_t e = 0; e + 1 < groups.ends.size(); ++e)
-        for (int64_t f = 0; f < F && groups.ends[e] < groups.ends[e + 1]; f += step) pieces.emplace_back(e, f);
+    for (int64_t e : chosen)
+        for (int64_t f = 0; f < F; f += step) pieces.emplace_back(e, f);
     with_weights(*in.weights, m.cache_type == FLOAT32, many, [&](auto any) {
         using Weight = decltype(any);
         Rows<Weight> x(h_TD, m.dim, groups.ends, groups.tokens.data(), threads);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 16)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, share(pieces.size(), threads))
         for (size_t piece = 0; piece < pieces.size(); ++piece) {
             auto [e, f] = pieces[piece];
             int64_t count = std::min(step, F - f), some = std::min<int64_t>(W, count);
@@ -110,24 +110,27 @@ inline void hidden(const Model& m, const Stacked& in, const Groups& groups, cons
 // x += weighted outputs of each token's experts for the normalised rows h. Only chosen experts are read.
 inline void feed_forward(const Model& m, const Stacked& in, const Stacked& out, const Groups& groups, const float* h_TD,
                          float* x_TD, int threads) {
-    int64_t E = groups.ends.size() - 1, D = m.dim, F = out.weights->columns, N = groups.ends.back(), chosen = 0;
-    for (int64_t e = 0; e < E; ++e) chosen += groups.ends[e] < groups.ends[e + 1];
-    bool many = N > FEW * chosen;
+    int64_t D = m.dim, F = out.weights->columns, N = groups.ends.back();
+    std::vector<int64_t> chosen;
+    for (size_t e = 0; e + 1 < groups.ends.size(); ++e)
+        if (groups.ends[e] < groups.ends[e + 1]) chosen.push_back(e);
+    bool many = N > FEW * (int64_t)chosen.size();
     Buffer<float> active_NF(N * F);
-    hidden(m, in, groups, h_TD, F, many, active_NF.data(), threads);
+    hidden(m, in, groups, chosen, h_TD, F, many, active_NF.data(), threads);
     with_weights(*out.weights, m.cache_type == FLOAT32, many, [&](auto any) {
         using Weight = decltype(any);
         Rows<Weight> active(active_NF.data(), F, groups.ends, nullptr, threads);
         // A thread owns columns of the result: several experts add to the same token.
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 2)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, share(D / CHUNK, threads))
         for (int64_t first = 0; first < D; first += CHUNK)
-            for (int64_t e = 0; e < E; ++e) {
-                int64_t count = std::min(CHUNK, D - first);
+            for (size_t i = 0; i < chosen.size(); ++i) {
+                int64_t e = chosen[i], count = std::min(CHUNK, D - first);
                 const float* bias = out.bias ? out.bias + e * D + first : nullptr;
-                if (groups.ends[e] == groups.ends[e + 1]) continue;
-                Weight weight(out.weights[e]);
+                Chunk rows = neighbours(first, first + count);
+                rows.after = i + 1 < chosen.size() ? address(Weight(out.weights[chosen[i + 1]]), first)
+                                                   : address(Weight(out.weights[chosen[0]]), first + CHUNK);
                 auto target = [&](int64_t i) { return x_TD + groups.tokens[i] * D + first; };
-                multiply(weight, neighbours(first, first + count), active, e, target, [&](int64_t i, const float* product, float* x) {
+                multiply(Weight(out.weights[e]), rows, active, e, target, [&](int64_t i, const float* product, float* x) {
                     put(product, bias, groups.weights[i], true, count, x);
                 });
             }

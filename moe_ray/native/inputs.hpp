@@ -1,8 +1,8 @@
 // How numbers are stored that weights are multiplied with: as float32, bfloat16, or 16 bits and a factor.
 //
-// Each of them has STEP neighbouring columns in a vector of Values, `encode`, which stores a row and gives its factor,
-// `add`, which adds products to sums of 16 lanes, `spread`, which fills a vector with one lane, and `total`, which makes
-// float32 of sums.
+// Each of them has STEP neighbouring columns in Values, `encode`, which stores a row and gives its factor, `add`, which
+// adds products to sums of 16 lanes, `spread`, which fills a vector of a panel with one lane, and `total`, which makes
+// float32 of sums. A vector of weights becomes PARTS vectors of a panel.
 
 #pragma once
 
@@ -15,9 +15,16 @@ inline float wide(float value) { return value; }
 inline float wide(uint16_t bits) { return from_bf16(bits); }
 inline float wide(int16_t value) { return value; }
 
-struct Float32Inputs {
+// What a panel holds of a transposed vector of weights.
+struct Whole {
+    static constexpr int PARTS = 1;
+    static vec part(vec transposed, int) { return transposed; }
+};
+
+struct Float32Inputs : Whole {
     using Input = float;
     using Values = vec;
+    using Lanes = vec;
     using Sums = vec;
     static constexpr int64_t STEP = W;
     static float encode(const float* x, int64_t columns, float* to) {
@@ -29,11 +36,42 @@ struct Float32Inputs {
     static vec total(vec sums) { return sums; }
 };
 
+// For weights in bfloat16: of 32 columns first the even ones, then the odd ones. So a vector of weights becomes float32
+// by a shift and a mask.
+struct HalvesInputs {
+    using Input = float;
+    struct Values {
+        vec even, odd;
+    };
+    using Lanes = vec;
+    using Sums = vec;
+    static constexpr int64_t STEP = 2 * W;
+    static constexpr int PARTS = 2;
+    static float encode(const float* x, int64_t columns, float* to) {
+        int64_t c = 0;
+        for (; c + STEP <= columns; c += STEP) {
+            store(to + c, take_every_other<0>(load<vec>(x + c), load<vec>(x + c + W), Order()));
+            store(to + c + W, take_every_other<1>(load<vec>(x + c), load<vec>(x + c + W), Order()));
+        }
+        std::memcpy(to + c, x + c, (columns - c) * sizeof(float));
+        return 1;
+    }
+    // Of a vector of pairs, as float32.
+    static vec part(vec pairs, int odd) { return (vec)(odd ? (u32)pairs & 0xffff0000u : (u32)pairs << 16); }
+    static vec add(vec sums, vec weights, const Values& values) {
+        return sums + part(weights, 0) * values.even + part(weights, 1) * values.odd;
+    }
+    static vec add(vec sums, vec weights, vec values) { return sums + weights * values; }
+    static vec spread(const char* lane) { return fill(load<float>(lane)); }
+    static vec total(vec sums) { return sums; }
+};
+
 #ifdef __AVX512BF16__
 // Processors that multiply pairs of bfloat16: inputs are rounded to it, as torch has them, sums are float32.
-struct Bfloat16Inputs {
+struct Bfloat16Inputs : Whole {
     using Input = uint16_t;
     using Values = __m512bh;
+    using Lanes = Values;
     using Sums = vec;
     static constexpr int64_t STEP = 2 * W;
     static float encode(const float* x, int64_t columns, uint16_t* to) {
@@ -51,9 +89,10 @@ struct Bfloat16Inputs {
 #ifdef __AVX512VNNI__
 // Processors that multiply pairs of 16-bit integers: inputs are integers times a factor of their row, twice as many bits
 // as bfloat16 has; products with codes of 8 bits and their sums are exact.
-struct Int16Inputs {
+struct Int16Inputs : Whole {
     using Input = int16_t;
     using Values = __m512i;
+    using Lanes = Values;
     using Sums = i32;
     static constexpr int64_t STEP = 2 * W;
     static float encode(const float* x, int64_t columns, int16_t* to) {

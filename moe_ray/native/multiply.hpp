@@ -31,10 +31,18 @@ inline void fetch_target(const float* y) {
     __builtin_prefetch(y + W, 1);
 }
 
-// Two runs of up to 16 rows.
+// Chunks that a thread takes at a time: few enough for all to end together, but at each start nothing has been fetched.
+inline int64_t share(int64_t chunks, int64_t threads) { return std::clamp<int64_t>(chunks / (4 * threads), 1, 32); }
+
+// Two runs of up to 16 rows, and what will be read after the last, if not the rows that follow.
 struct Chunk {
     int64_t first[2], count[2];
+    const char* after = nullptr;
     int64_t row(int half, int64_t r) const { return count[half] ? first[half] + std::min(r, count[half] - 1) : first[0]; }
+    template <class M> const char* following(const M& w, int half) const {
+        bool last = half == 1 || !count[1];
+        return after && last ? after : address(w, first[half] + count[half]);
+    }
 };
 
 inline Chunk neighbours(int64_t first, int64_t last) {
@@ -64,9 +72,9 @@ template <class M> struct Rows {
     }
 };
 
-// R rows of a weight times n tokens; each weight is read once and used n times.
+// R rows of a weight times n tokens; each weight is read once and used n times. As many bytes are fetched from `soon` on.
 template <int R, int n, class M>
-inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_t stride, bool ahead, float* y) {
+inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_t stride, const char* soon, float* y) {
     typename M::Sums products[n * R];
 #pragma GCC unroll 24
     for (auto& product : products) product = typename M::Sums{};
@@ -76,7 +84,7 @@ inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             weights[r] = w.at(row + r, column);
-            if (ahead) fetch(w.address(row + AHEAD * R + r, column));
+            fetch(soon + M::bytes(column * R + r * M::STEP));
         }
 #pragma GCC unroll 6
         for (int i = 0; i < n; ++i) {
@@ -100,47 +108,57 @@ inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_
 
 // y[i * CHUNK + r] = row r of w . x[i].
 template <int R, class M>
-inline void dot_rows(const M& w, int64_t row, const typename M::Input* x, int64_t stride, int64_t T, float* y) {
+inline void dot_rows(const M& w, int64_t row, const typename M::Input* x, int64_t stride, int64_t T, const char* soon,
+                     float* y) {
     int64_t parts = (T + 5) / 6, t = 0;
     for (int64_t part = 0; part < parts; ++part) {
         int64_t count = (T - t + parts - part - 1) / (parts - part);
         const auto* from = x + t * stride;
         float* to = y + t * CHUNK;
         switch (count) {
-            case 6: dot_tile<R, 6>(w, row, from, stride, t == 0, to); break;
-            case 5: dot_tile<R, 5>(w, row, from, stride, t == 0, to); break;
-            case 4: dot_tile<R, 4>(w, row, from, stride, t == 0, to); break;
-            case 3: dot_tile<R, 3>(w, row, from, stride, t == 0, to); break;
-            case 2: dot_tile<R, 2>(w, row, from, stride, t == 0, to); break;
-            default: dot_tile<R, 1>(w, row, from, stride, t == 0, to);
+            case 6: dot_tile<R, 6>(w, row, from, stride, soon, to); break;
+            case 5: dot_tile<R, 5>(w, row, from, stride, soon, to); break;
+            case 4: dot_tile<R, 4>(w, row, from, stride, soon, to); break;
+            case 3: dot_tile<R, 3>(w, row, from, stride, soon, to); break;
+            case 2: dot_tile<R, 2>(w, row, from, stride, soon, to); break;
+            default: dot_tile<R, 1>(w, row, from, stride, soon, to);
         }
         t += count;
     }
 }
 
+// The rows of a run; `following` is what will be read after them.
 template <class M>
-inline void dots(const M& w, int64_t first, int64_t count, const typename M::Input* x, int64_t stride, int64_t T, float* y) {
+inline void dots(const M& w, int64_t first, int64_t count, const char* following, const typename M::Input* x,
+                 int64_t stride, int64_t T, float* y) {
+    auto soon = [&](int64_t r) {
+        return r < count ? address(w, first + r) : following + M::bytes((r - count) * w.columns);
+    };
     int64_t r = 0;
-    for (; r + M::ROWS <= count; r += M::ROWS) dot_rows<M::ROWS>(w, first + r, x, stride, T, y + r);
+    for (; r + M::ROWS <= count; r += M::ROWS)
+        dot_rows<M::ROWS>(w, first + r, x, stride, T, soon(r + AHEAD * M::ROWS), y + r);
     if constexpr (M::ROWS > 1)
-        for (; r < count; ++r) dot_rows<1>(w, first + r, x, stride, T, y + r);
+        for (; r < count; ++r) dot_rows<1>(w, first + r, x, stride, T, soon(r + AHEAD), y + r);
 }
 
 // The rows of a chunk with 16 of them in a vector, two vectors for each column, or pair of them.
 template <class M> const vec* make_panel(const M& w, const Chunk& rows) {
     thread_local Buffer<vec> panel;
     int64_t steps = w.columns / M::STEP;
-    panel.resize(steps * CHUNK);
-    for (int half = 0; half < 2; ++half)
+    panel.resize(steps * M::PARTS * CHUNK);
+    for (int half = 0; half < 2; ++half) {
+        const char* following = rows.following(w, half);
         for (int64_t step = 0; step < steps; ++step) {
             vec v[W];
             for (int64_t r = 0; r < W; ++r) {
                 v[r] = (vec)w.at(rows.row(half, r), step * M::STEP);
-                fetch(w.address(rows.row(half, r) + W, step * M::STEP));
+                fetch(following + M::bytes(r * w.columns + step * M::STEP));
             }
-            transpose<1>(v, Lanes());
-            for (int64_t i = 0; i < W; ++i) panel[(step * W + i) * 2 + half] = v[i];
+            transpose<1>(v, Order());
+            for (int part = 0; part < M::PARTS; ++part)
+                for (int64_t i = 0; i < W; ++i) panel[((step * M::PARTS + part) * W + i) * 2 + half] = M::part(v[i], part);
         }
+    }
     return panel.data();
 }
 
@@ -151,7 +169,7 @@ template <int n, class M> inline void panel_tile(const vec* panel, int64_t lanes
     for (auto& pair : products) pair[0] = pair[1] = typename M::Sums{};
     const char *from0 = x, *from3 = x + 3 * stride, *from6 = x + 6 * stride, *from9 = x + 9 * stride;
     for (const vec* end = panel + 2 * lanes; panel < end; panel += 2) {
-        auto low = (typename M::Values)panel[0], high = (typename M::Values)panel[1];
+        auto low = (typename M::Lanes)panel[0], high = (typename M::Lanes)panel[1];
 #pragma GCC unroll 16
         for (int k = 0; k < n; ++k) {
             const char* from = k < 3 ? from0 : k < 6 ? from3 : k < 9 ? from6 : from9;
@@ -205,7 +223,7 @@ void multiply(const M& w, const Chunk& rows, const Rows<M>& x, int64_t group, co
             int64_t number = (T + TILE - 1) / TILE, tile = (T + number - 1) / number;
             for (int64_t t = 0; t < T; t += tile) {
                 for (int64_t i = t; i < std::min(t + tile, T); ++i) fetch_target(target(first + i));
-                panel_tile<M>(tile, panel, w.columns / M::STEP * W, from + t * x.stride, x.stride, y);
+                panel_tile<M>(tile, panel, w.columns / M::STEP * M::PARTS * W, from + t * x.stride, x.stride, y);
                 give(t, std::min(tile, T - t));
             }
             return;
@@ -213,7 +231,8 @@ void multiply(const M& w, const Chunk& rows, const Rows<M>& x, int64_t group, co
     for (int64_t t = 0; t < T; t += BLOCK) {
         int64_t count = std::min(BLOCK, T - t);
         for (int half = 0; half < 2; ++half)
-            dots(w, rows.first[half], rows.count[half], from + t * x.stride, x.stride, count, y + half * W);
+            dots(w, rows.first[half], rows.count[half], rows.following(w, half), from + t * x.stride, x.stride, count,
+                 y + half * W);
         give(t, count);
     }
 }

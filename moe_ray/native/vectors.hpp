@@ -24,7 +24,7 @@ using u32 = uint32_t __attribute__((vector_size(4 * W)));
 using u16 = uint16_t __attribute__((vector_size(2 * W)));
 using i8 = int8_t __attribute__((vector_size(W)));
 using u8 = uint8_t __attribute__((vector_size(W)));
-using Lanes = std::make_integer_sequence<int, W>;
+using Order = std::make_integer_sequence<int, W>;
 
 template <class V, class S> inline V load(const S* from) {
     V value;
@@ -74,8 +74,8 @@ template <int first, int count, int bit = W, class Leaf> __attribute__((always_i
     if constexpr (bit == 1) return leaf(std::integral_constant<int, first>());
     else {
         vec low = sums<first, count, bit / 2>(leaf);
-        if constexpr (first + bit / 2 >= count) return fold<bit / 2>(low, low, Lanes());
-        else return fold<bit / 2>(low, sums<first + bit / 2, count, bit / 2>(leaf), Lanes());
+        if constexpr (first + bit / 2 >= count) return fold<bit / 2>(low, low, Order());
+        else return fold<bit / 2>(low, sums<first + bit / 2, count, bit / 2>(leaf), Order());
     }
 }
 
@@ -90,6 +90,11 @@ template <int bit, int... lane> __attribute__((always_inline)) inline void trans
         v[i | bit] = __builtin_shufflevector(a, b, (lane & bit ? W + lane : lane ^ bit)...);
     }
     if constexpr (2 * bit < W) transpose<2 * bit>(v, lanes);
+}
+
+// Lanes first, first + 2 and so on of both.
+template <int first, int... lane> inline vec take_every_other(vec a, vec b, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(a, b, (2 * lane + first)...);
 }
 
 inline vec absolute(vec x) { return (vec)((u32)x & 0x7fffffffu); }

@@ -1,4 +1,5 @@
-// Types of weights. Each gives STEP neighbouring columns of a row, one column, and a factor of the whole row.
+// Types of weights. Each gives STEP neighbouring columns of a row, one column, and a factor of the whole row. Rows lie one
+// after another; `bytes` is how much memory so many columns take.
 //
 // LEAST columns are multiplied at a time at the end of a row, fewer one by one; ROWS is how many rows are multiplied at a
 // time where tokens are few, `many` how many tokens are worth to transpose rows for.
@@ -24,18 +25,34 @@ struct Float32 : Weights<Float32Inputs> {
     const float* data;
     int64_t columns;
     explicit Float32(const Matrix& m) : data((const float*)m.data), columns(m.columns) {}
-    const void* address(int64_t row, int64_t column) const { return data + row * columns + column; }
+    static int64_t bytes(int64_t columns) { return columns * sizeof *data; }
     vec at(int64_t row, int64_t column) const { return load<vec>(data + row * columns + column); }
     float one(int64_t row, int64_t column) const { return data[row * columns + column]; }
 };
 
+// Column by column, as attention mixes values.
 struct Bfloat16 : Weights<Float32Inputs> {
     const uint16_t* data;
     int64_t columns;
     explicit Bfloat16(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
-    const void* address(int64_t row, int64_t column) const { return data + row * columns + column; }
+    static int64_t bytes(int64_t columns) { return columns * sizeof *data; }
     vec at(int64_t row, int64_t column) const {
         return (vec)(widen(load<u16>(data + row * columns + column)) << 16);
+    }
+    float one(int64_t row, int64_t column) const { return from_bf16(data[row * columns + column]); }
+};
+
+struct Bfloat16Halves : Weights<HalvesInputs> {
+    const uint16_t* data;
+    int64_t columns;
+    explicit Bfloat16Halves(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
+    static int64_t bytes(int64_t columns) { return columns * sizeof *data; }
+    vec at(int64_t row, int64_t column) const { return load<vec>(data + row * columns + column); }
+    static Values values(const float* x) {
+        Values found{load<vec>(x), load<vec>(x + W)};
+        load_once(found.even);
+        load_once(found.odd);
+        return found;
     }
     float one(int64_t row, int64_t column) const { return from_bf16(data[row * columns + column]); }
 };
@@ -46,7 +63,7 @@ template <class Inputs> struct Int8Codes : Weights<Inputs> {
     const float* scales;
     int64_t columns;
     explicit Int8Codes(const Matrix& m) : data((const int8_t*)m.data), scales((const float*)m.scales), columns(m.columns) {}
-    const void* address(int64_t row, int64_t column) const { return data + row * columns + column; }
+    static int64_t bytes(int64_t columns) { return columns * sizeof *data; }
     float one(int64_t row, int64_t column) const { return data[row * columns + column]; }
     float factor(int64_t row) const { return scales[row]; }
 };
@@ -64,7 +81,7 @@ template <class Inputs> struct Int4Codes : Weights<Inputs> {
     int64_t columns;
     explicit Int4Codes(const Matrix& m)
         : data((const uint8_t*)m.data), scales((const uint16_t*)m.scales), columns(m.columns) {}
-    const void* address(int64_t row, int64_t column) const { return data + (row * columns + column) / 2; }
+    static int64_t bytes(int64_t columns) { return columns / 2; }
     float one(int64_t, int64_t) const { return 0; }  // columns are a multiple of 32
     static int64_t many(int64_t) { return 12; }
 };
@@ -85,7 +102,7 @@ struct Bfloat16Pairs : Weights<Bfloat16Inputs> {
     const uint16_t* data;
     int64_t columns;
     explicit Bfloat16Pairs(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
-    const void* address(int64_t row, int64_t column) const { return data + row * columns + column; }
+    static int64_t bytes(int64_t columns) { return columns * sizeof *data; }
     __m512bh at(int64_t row, int64_t column) const { return load<__m512bh>(data + row * columns + column); }
     float one(int64_t row, int64_t column) const { return from_bf16(data[row * columns + column]); }
 };
@@ -104,7 +121,7 @@ struct Int4Pairs : Int4Codes<Bfloat16Inputs> {
     }
 };
 #else
-using Bfloat16Pairs = Bfloat16;
+using Bfloat16Pairs = Bfloat16Halves;
 using Int4Pairs = Int4;
 #endif
 
@@ -190,6 +207,10 @@ using Int8Words = Int8;
 using Int4Words = Int4;
 #endif
 
+template <class M> inline const char* address(const M& w, int64_t row, int64_t column = 0) {
+    return (const char*)w.data + M::bytes(row * w.columns + column);
+}
+
 // Tokens up to which codes of int4 are multiplied as integers, if the processor has the instructions: without those for
 // bfloat16, what is looked up takes longer.
 #ifdef __AVX512BF16__
@@ -202,7 +223,7 @@ constexpr int64_t FEW = 20;
 template <class F> inline void with_weights(const Matrix& m, bool exact, bool many, F function) {
     switch (m.type) {
         case FLOAT32: return function(Float32(m));
-        case BFLOAT16: return exact ? function(Bfloat16(m)) : function(Bfloat16Pairs(m));
+        case BFLOAT16: return exact ? function(Bfloat16Halves(m)) : function(Bfloat16Pairs(m));
         case INT8: return exact ? function(Int8(m)) : function(Int8Words(m));
         default:
             if (exact) return function(Int4(m));
