@@ -72,9 +72,11 @@ template <class M> struct Rows {
     }
 };
 
-// R rows of a weight times n tokens; each weight is read once and used n times. As many bytes are fetched from `soon` on.
+// R rows of a weight times n tokens; each weight is read once and used n times. Meanwhile as many bytes as
+// `rows_ahead` rows have are fetched from `soon` on.
 template <int R, int n, class M>
-inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_t stride, const char* soon, float* y) {
+inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_t stride, const char* soon,
+                     int64_t rows_ahead, float* y) {
     typename M::Sums products[n * R];
 #pragma GCC unroll 24
     for (auto& product : products) product = typename M::Sums{};
@@ -84,7 +86,7 @@ inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             weights[r] = w.at(row + r, column);
-            fetch(soon + M::bytes(column * R + r * M::STEP));
+            if (R == 1 || r < rows_ahead) fetch(soon + M::bytes(column * rows_ahead + r * M::STEP));
         }
 #pragma GCC unroll 6
         for (int i = 0; i < n; ++i) {
@@ -115,13 +117,17 @@ inline void dot_rows(const M& w, int64_t row, const typename M::Input* x, int64_
         int64_t count = (T - t + parts - part - 1) / (parts - part);
         const auto* from = x + t * stride;
         float* to = y + t * CHUNK;
+        // Each pass over the rows fetches its share: multiplying waits where too much is on its way.
+        int64_t before = R == 1 ? 0 : (part * R + parts - 1) / parts;
+        int64_t rows_ahead = R == 1 ? 1 : ((part + 1) * R + parts - 1) / parts - before;
+        const char* from_here = soon + M::bytes(before * w.columns);
         switch (count) {
-            case 6: dot_tile<R, 6>(w, row, from, stride, soon, to); break;
-            case 5: dot_tile<R, 5>(w, row, from, stride, soon, to); break;
-            case 4: dot_tile<R, 4>(w, row, from, stride, soon, to); break;
-            case 3: dot_tile<R, 3>(w, row, from, stride, soon, to); break;
-            case 2: dot_tile<R, 2>(w, row, from, stride, soon, to); break;
-            default: dot_tile<R, 1>(w, row, from, stride, soon, to);
+            case 6: dot_tile<R, 6>(w, row, from, stride, from_here, rows_ahead, to); break;
+            case 5: dot_tile<R, 5>(w, row, from, stride, from_here, rows_ahead, to); break;
+            case 4: dot_tile<R, 4>(w, row, from, stride, from_here, rows_ahead, to); break;
+            case 3: dot_tile<R, 3>(w, row, from, stride, from_here, rows_ahead, to); break;
+            case 2: dot_tile<R, 2>(w, row, from, stride, from_here, rows_ahead, to); break;
+            default: dot_tile<R, 1>(w, row, from, stride, from_here, rows_ahead, to);
         }
         t += count;
     }
