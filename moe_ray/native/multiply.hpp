@@ -86,7 +86,9 @@ inline void dot_tile(const M& w, int64_t row, const typename M::Input* x, int64_
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             weights[r] = w.at(row + r, column);
-            if (R == 1 || r < rows_ahead) fetch(soon + M::bytes(column * rows_ahead + r * M::STEP));
+            // In the order of memory, but for one token as rows will be read: float32 is 4% faster so.
+            int64_t ahead = n == 1 ? r * w.columns + column : column * rows_ahead + r * M::STEP;
+            if (R == 1 || r < rows_ahead) fetch(soon + M::bytes(ahead));
         }
 #pragma GCC unroll 6
         for (int i = 0; i < n; ++i) {
