@@ -4,7 +4,6 @@ usage: serve run serve_apps.moe_lm:build checkpoint=RUN_OR_CHECKPOINT_OR_FOLDER 
 """
 
 import difflib
-import sys
 
 import click
 from ray.serve import Application
@@ -12,7 +11,7 @@ from ray.serve import Application
 from moe_ray.checkpoint.catalog import list_steps
 from moe_ray.checkpoint.inference import check_expert_budget, resolve_source
 from moe_ray.config import TelemetryConfig, build_config
-from moe_ray.errors import ConfigError, MoeRayError
+from moe_ray.errors import ConfigError, UserError
 from moe_ray.serve_config import ServeConfig
 from moe_ray.serving.api_keys import load_keys
 from moe_ray.serving.deployment import make_application
@@ -22,6 +21,12 @@ from moe_ray.storage import open_storage
 
 _LOG_KEYS = [f"telemetry.{field}" for field in TelemetryConfig.model_fields if field.startswith("log_")]
 _KEYS = ["checkpoint", *(f"serve.{field}" for field in ServeConfig.model_fields), *_LOG_KEYS]
+
+
+class _Told(click.ClickException):
+    """An error of which `serve run` prints the line alone."""
+
+    exit_code = UserError.exit_code
 
 
 def build(args: dict[str, str]) -> Application:
@@ -36,12 +41,11 @@ def build(args: dict[str, str]) -> Application:
     """
     try:
         return _build(args)
-    except MoeRayError as error:
-        # `serve run` builds in its own process and would print a traceback; it ends as jobs do.
-        if click.get_current_context(silent=True) is None:
+    except UserError as error:
+        context = click.get_current_context(silent=True)
+        if context is None or context.command_path != "serve run":
             raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code)
+        raise _Told(str(error)) from error
 
 
 def _build(args: dict[str, str]) -> Application:

@@ -430,8 +430,7 @@ class TestBuilder:
         command = [Path(sys.executable).parent / "serve", "run", "serve_apps.moe_lm:build", "checkpoint=nowhere"]
         ended = subprocess.run(command, capture_output=True, text=True)
         assert ended.returncode == 2
-        assert ended.stderr.splitlines()[-1].startswith("error: ")
-        assert "nowhere" in ended.stderr
+        assert ended.stderr.splitlines()[-1].startswith("Error: checkpoint='nowhere'")
         assert "Traceback" not in ended.stdout + ended.stderr
 
     def test_relative_path_and_overrides(self, checkpoint, monkeypatch):

@@ -207,6 +207,7 @@ inline void attention(const Model& m, const Layer& layer, const Pass& pass, cons
     };
     Matrix keys{layer.keys, nullptr, 0, C, m.cache_type}, values{layer.values, nullptr, 0, C, m.cache_type};
     if (m.cache_type == FLOAT32) run(Float32(keys), Float32(values));
+    else if (C % Bfloat16Pairs::STEP) run(Bfloat16(keys), Bfloat16(values));
     else run(Bfloat16Pairs(keys), Bfloat16(values));
     linears({{layer.wo, layer.bo, x_TD, true}}, o.data(), T, threads);
 }

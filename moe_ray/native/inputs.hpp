@@ -1,8 +1,8 @@
 // How numbers are stored that weights are multiplied with: as float32, bfloat16, or 16 bits and a factor.
 //
 // Each of them has STEP neighbouring columns in Values, `encode`, which stores a row and gives its factor, `add`, which
-// adds products to sums of 16 lanes, `spread`, which fills a vector of a panel with one lane, and `total`, which makes
-// float32 of sums. A vector of weights becomes PARTS vectors of a panel.
+// adds products to sums of 16 lanes, `spread`, which fills Lanes, a vector of a panel, with one of them, and `total`,
+// which makes float32 of sums. A vector of weights becomes PARTS vectors of a panel.
 
 #pragma once
 

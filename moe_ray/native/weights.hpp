@@ -30,7 +30,7 @@ struct Float32 : Weights<Float32Inputs> {
     float one(int64_t row, int64_t column) const { return data[row * columns + column]; }
 };
 
-// Column by column, as attention mixes values.
+// For widths that are no multiple of 32, and as attention mixes values.
 struct Bfloat16 : Weights<Float32Inputs> {
     const uint16_t* data;
     int64_t columns;
@@ -223,7 +223,9 @@ constexpr int64_t FEW = 20;
 template <class F> inline void with_weights(const Matrix& m, bool exact, bool many, F function) {
     switch (m.type) {
         case FLOAT32: return function(Float32(m));
-        case BFLOAT16: return exact ? function(Bfloat16Halves(m)) : function(Bfloat16Pairs(m));
+        case BFLOAT16:
+            if (m.columns % Bfloat16Halves::STEP) return function(Bfloat16(m));
+            return exact ? function(Bfloat16Halves(m)) : function(Bfloat16Pairs(m));
         case INT8: return exact ? function(Int8(m)) : function(Int8Words(m));
         default:
             if (exact) return function(Int4(m));
