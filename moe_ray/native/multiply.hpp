@@ -119,7 +119,8 @@ inline void dot_rows(const M& w, int64_t row, const typename M::Input* x, int64_
         int64_t count = (T - t + parts - part - 1) / (parts - part);
         const auto* from = x + t * stride;
         float* to = y + t * CHUNK;
-        // Each pass over the rows fetches its share: multiplying waits where too much is on its way.
+        // Each pass over the rows fetches its share: multiplying waits where too much is on its way. A single
+        // row is not shared.
         int64_t before = R == 1 ? 0 : (part * R + parts - 1) / parts;
         int64_t rows_ahead = R == 1 ? 1 : ((part + 1) * R + parts - 1) / parts - before;
         const char* from_here = soon + M::bytes(before * w.columns);

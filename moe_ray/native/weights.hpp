@@ -30,23 +30,24 @@ struct Float32 : Weights<Float32Inputs> {
     float one(int64_t row, int64_t column) const { return data[row * columns + column]; }
 };
 
-// For widths that are no multiple of 32, and as attention mixes values.
-struct Bfloat16 : Weights<Float32Inputs> {
+template <class Inputs> struct Bfloat16Numbers : Weights<Inputs> {
     const uint16_t* data;
     int64_t columns;
-    explicit Bfloat16(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
+    explicit Bfloat16Numbers(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
     static int64_t bytes(int64_t columns) { return columns * sizeof *data; }
-    vec at(int64_t row, int64_t column) const {
-        return (vec)(widen(load<u16>(data + row * columns + column)) << 16);
-    }
     float one(int64_t row, int64_t column) const { return from_bf16(data[row * columns + column]); }
 };
 
-struct Bfloat16Halves : Weights<HalvesInputs> {
-    const uint16_t* data;
-    int64_t columns;
-    explicit Bfloat16Halves(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
-    static int64_t bytes(int64_t columns) { return columns * sizeof *data; }
+// For widths that are no multiple of 32, and as attention mixes values.
+struct Bfloat16 : Bfloat16Numbers<Float32Inputs> {
+    using Bfloat16Numbers::Bfloat16Numbers;
+    vec at(int64_t row, int64_t column) const {
+        return (vec)(widen(load<u16>(data + row * columns + column)) << 16);
+    }
+};
+
+struct Bfloat16Halves : Bfloat16Numbers<HalvesInputs> {
+    using Bfloat16Numbers::Bfloat16Numbers;
     vec at(int64_t row, int64_t column) const { return load<vec>(data + row * columns + column); }
     static Values values(const float* x) {
         Values found{load<vec>(x), load<vec>(x + W)};
@@ -54,7 +55,6 @@ struct Bfloat16Halves : Weights<HalvesInputs> {
         load_once(found.odd);
         return found;
     }
-    float one(int64_t row, int64_t column) const { return from_bf16(data[row * columns + column]); }
 };
 
 template <class Inputs> struct Int8Codes : Weights<Inputs> {
@@ -98,13 +98,9 @@ struct Int4 : Int4Codes<Float32Inputs> {
 };
 
 #ifdef __AVX512BF16__
-struct Bfloat16Pairs : Weights<Bfloat16Inputs> {
-    const uint16_t* data;
-    int64_t columns;
-    explicit Bfloat16Pairs(const Matrix& m) : data((const uint16_t*)m.data), columns(m.columns) {}
-    static int64_t bytes(int64_t columns) { return columns * sizeof *data; }
+struct Bfloat16Pairs : Bfloat16Numbers<Bfloat16Inputs> {
+    using Bfloat16Numbers::Bfloat16Numbers;
     __m512bh at(int64_t row, int64_t column) const { return load<__m512bh>(data + row * columns + column); }
-    float one(int64_t row, int64_t column) const { return from_bf16(data[row * columns + column]); }
 };
 
 struct Int4Pairs : Int4Codes<Bfloat16Inputs> {
