@@ -147,8 +147,9 @@ def test_endpoints_share_a_quantized_folder_and_answer_as_before(
     expected = logits(load_for_inference(source, quantize=scheme))
     for _ in ("made", "found"):
         torch.testing.assert_close(logits(load_to_serve(out, config)), expected)
-    for folder, settings in ((out, config), (source, config.model_copy(update={"quantize": scheme}))):
-        service = CompletionService(load_to_serve(folder, settings), settings)
+    asks = config.model_copy(update={"quantize": scheme})
+    for loaded, settings in ((load_to_serve(out, config), config), (load_for_inference(source), asks)):
+        service = CompletionService(loaded, settings)
         service.close()
         assert service.model_body["quantize"] == scheme
 
